@@ -1,0 +1,190 @@
+"""The curvature state between steps: factors and inverses by weight name, moving averages, refresh, accumulation.
+
+Enters: plans (which layers exist) and new statistics. Leaves: state tensors for the programs. Knows no graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from kfac_fx.canonical import initial_state, state_dtype, state_owner
+from kfac_fx.errors import StateError
+from kfac_fx.types import LayerMatch, Method, Plan, State
+
+Key = tuple[str, str]
+
+
+@final
+class Curvature:
+    """Tensors of all layers seen so far; captures of other batch shapes share them."""
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self._tensors: dict[Key, Tensor] = {}
+        self._layers: dict[str, dict[str, Key]] = {}
+        self._loaded: dict[str, State] = {}
+        self._count = 0
+        self.retried = 0
+        self.kept_last = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether no statistics have been collected."""
+        return self._count == 0
+
+    def tensor(self, key: str, name: str) -> Tensor:
+        """One state tensor."""
+        return self._tensors[key, name]
+
+    def replace(self, new: Mapping[Key, Tensor]) -> None:
+        """Take the moving averages that a program has computed."""
+        self._tensors.update(new)
+        self._count += 1
+
+    def next_weight(self) -> Tensor:
+        """Share of the next batch in the moving averages, 0-dim, on the state's device."""
+        first = next(iter(self._tensors.values()))
+        return torch.tensor(self._method.new_weight(self._count), dtype=first.dtype, device=first.device)
+
+    def adopt(self, plan: Plan) -> None:
+        """Make state for layers that are new; check that known ones fit. Loaded tensors are taken where they belong."""
+        for match in plan.matched:
+            device = torch.device(match.uses[0].g[0].meta["val"].device)
+            fresh = self._method.init(match, dtype=state_dtype(plan, match), device=device)
+            places = {name: (state_owner(plan, match, name), name) for name in fresh}
+            loaded = self._loaded.get(match.key)
+            for name, tensor in fresh.items():
+                present = self._tensors.get(places[name])
+                if loaded is not None:
+                    present = self._fit(match, name, loaded, tensor)
+                if present is not None and present.shape != tensor.shape:
+                    raise StateError(_misfit(match, name, present, tensor))
+                self._tensors[places[name]] = tensor if present is None else present
+            self._layers[match.key] = places
+
+    def _fit(self, match: LayerMatch, name: str, loaded: State, fresh: Tensor) -> Tensor:
+        if name not in loaded:
+            raise StateError(f"the saved state of {match.key} has no {name}: it was saved by another method.")
+        found = loaded[name]
+        if found.shape != fresh.shape:
+            raise StateError(_misfit(match, name, found, fresh))
+        return found.to(dtype=fresh.dtype, device=fresh.device)
+
+    def fold(self, plan: Plan, batch: Mapping[Key, Tensor]) -> None:
+        """Fold accumulated batch statistics into the moving averages."""
+        weight = self.next_weight()
+        keys: dict[str, dict[str, Tensor]] = {}
+        for (key, name), tensor in batch.items():
+            keys.setdefault(key, {})[name] = tensor
+        for key, tensors in keys.items():
+            state = {name: self._tensors[key, name] for name in tensors}
+            for name, tensor in self._method.moving_average(state, tensors, weight=weight).items():
+                self._tensors[key, name] = tensor
+        self._count += 1
+
+    def refresh(self) -> None:
+        """New inverses of all layers."""
+        states = {
+            key: {name: self._tensors[place] for name, place in places.items()} for key, places in self._layers.items()
+        }
+        new, refreshed = self._method.refresh(states)
+        for key, tensors in new.items():
+            for name, tensor in tensors.items():
+                self._tensors[self._layers[key][name]] = tensor
+        self.retried += refreshed.retried
+        self.kept_last += refreshed.kept_last
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts of tensors and plain numbers. Layers that share A list the same tensor (saved once)."""
+        layers = {key: {n: self._tensors[p] for n, p in places.items()} for key, places in self._layers.items()}
+        counts = {"statistics": self._count, "retried": self.retried, "kept_last": self.kept_last}
+        return {"curvature": {**self._loaded, **layers}, "counts": counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Keep the tensors until a plan says where they belong; known layers take them at `adopt`."""
+        unknown = [key for key in self._layers if key not in state["curvature"]]
+        if unknown:
+            raise StateError(f"the saved state has no curvature for: {', '.join(sorted(unknown))}.")
+        self._loaded = {key: dict(tensors) for key, tensors in state["curvature"].items()}
+        counts = state["counts"]
+        self._count, self.retried = int(counts["statistics"]), int(counts["retried"])
+        self.kept_last = int(counts["kept_last"])
+
+
+def _misfit(match: LayerMatch, name: str, found: Tensor, wanted: Tensor) -> str:
+    return f"{name} of {match.key} has shape {tuple(found.shape)}, but this model needs {tuple(wanted.shape)}."
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """Gradients and statistics of the batches that wait for `update`, as those of one large batch.
+
+    weight: total weight of a mean loss (numbers of loss terms), 0-dim. rows: rows behind each input factor.
+    """
+
+    plan: Plan
+    weight: Tensor
+    gradients: dict[str, Tensor]
+    statistics: dict[Key, Tensor]
+    rows: dict[Key, int]
+
+    @staticmethod
+    def add(
+        before: Pending | None,
+        plan: Plan,
+        inverse_scale: Tensor,
+        gradients: Mapping[str, Tensor],
+        statistics: Mapping[Key, Tensor],
+    ) -> Pending:
+        """One more batch. A mean loss over both is the mean weighted by terms; a sum loss adds (pitfall P10)."""
+        rows = {
+            (state_owner(plan, match, name), name): match.rows
+            for match in plan.matched
+            for name in plan.method.statistics_names(match)
+            if name == "A"
+        }
+        if before is None:
+            return Pending(
+                plan=plan, weight=inverse_scale, gradients=dict(gradients), statistics=dict(statistics), rows=rows
+            )
+        summed = plan.capture.loss_info.reduction == "sum"
+        total = before.weight + inverse_scale
+        new_share = inverse_scale / total
+        merged: dict[Key, Tensor] = {}
+        totals: dict[Key, int] = {}
+        for key in {**before.statistics, **statistics}:
+            old, new = before.statistics.get(key), statistics.get(key)
+            if old is None or new is None:
+                merged[key] = old if new is None else new  # type: ignore[assignment]
+                continue
+            if key in rows:
+                totals[key] = before.rows[key] + rows[key]
+                merged[key] = torch.lerp(old, new, rows[key] / totals[key])
+            else:
+                merged[key] = old + new if summed else torch.lerp(old, new, new_share.to(old.dtype))
+        added = {
+            name: _merge(before.gradients.get(name), gradients.get(name), new_share, summed)
+            for name in {**before.gradients, **gradients}
+        }
+        return Pending(
+            plan=before.plan,
+            weight=total,
+            gradients=added,
+            statistics=merged,
+            rows={**before.rows, **rows, **totals},
+        )
+
+
+def _merge(old: Tensor | None, new: Tensor | None, share: Tensor, summed: bool) -> Tensor:
+    """Combine two gradients of one parameter; a missing one is zero."""
+    present = new if new is not None else old
+    assert present is not None
+    old = torch.zeros_like(present) if old is None else old
+    new = torch.zeros_like(present) if new is None else new
+    return old + new if summed else torch.lerp(old, new, share.to(old.dtype))

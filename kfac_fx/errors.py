@@ -1,0 +1,122 @@
+"""Errors for users and the stable reason codes of skipped parameters.
+
+Every error is a `ValueError` that names what is wrong, where, and what to do. Broken invariants of this library
+are `assert` statements instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+from collections.abc import Iterable
+
+
+class KfacFxError(ValueError):
+    """Base of every error that this library raises for its users."""
+
+
+class CaptureError(KfacFxError):
+    """The model, its loss or its backward pass cannot be written as one graph."""
+
+
+class LossError(KfacFxError):
+    """The loss is not a scalar, not differentiable, or of a kind that the chosen Fisher does not cover."""
+
+
+class NonFiniteLossError(KfacFxError):
+    """The loss of this step is infinite or not a number; nothing was changed."""
+
+
+class ModelChangedError(KfacFxError):
+    """The model's parameters or buffers are not those that were compiled."""
+
+
+class OptimizerMismatchError(KfacFxError):
+    """The optimizer does not hold exactly the model's trainable parameters."""
+
+
+class InputError(KfacFxError):
+    """Inputs or targets are on another device or of another dtype than the model needs."""
+
+
+class UnsupportedModelError(KfacFxError):
+    """`strict=True` and some parameters cannot be preconditioned."""
+
+
+class UnknownNameError(KfacFxError):
+    """A name (method, backend, option, parameter pattern) that does not exist."""
+
+
+class StateError(KfacFxError):
+    """A saved state does not belong to this model, method or optimizer."""
+
+
+class TargetError(KfacFxError):
+    """A command line TARGET that cannot be loaded."""
+
+
+@enum.unique
+class Reason(enum.Enum):
+    """Why a parameter is left to the base optimizer with its plain gradient.
+
+    The value is the stable code that reports print; `advice` says what the user can do about it.
+    """
+
+    TIED = "tied"
+    FROZEN = "frozen"
+    UNUSED = "unused"
+    EXCLUDED = "excluded"
+    ELEMENTWISE_SCALE = "elementwise-scale"
+    BROADCAST_ADD = "broadcast-add"
+    EMBEDDING = "embedding"
+    BATCHED_MATMUL = "batched-matmul"
+    MIXED_USE = "mixed-use"
+    TRANSPOSED_CONV = "transposed-conv"
+    BIAS_ALONE = "bias-alone"
+    REPARAMETRISED = "reparametrised"
+    BATCH_FREE = "batch-free"
+    OUTSIDE_FISHER = "outside-fisher"
+    COMPLEX_DTYPE = "complex-dtype"
+    TOO_LARGE = "too-large"
+    NO_PATTERN = "no-pattern"
+
+    @property
+    def advice(self) -> str:
+        """What the user can do so that the parameter is preconditioned, in one sentence."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Reason.TIED: "the same tensor is used in ways whose factors cannot be added; untie it to precondition each use",
+    Reason.FROZEN: "set requires_grad=True to train it",
+    Reason.UNUSED: "the loss does not depend on it; remove it or use it",
+    Reason.EXCLUDED: "remove the pattern from exclude= to precondition it",
+    Reason.ELEMENTWISE_SCALE: "its product is not summed over examples; apply the scale to activations",
+    Reason.BROADCAST_ADD: "it is added without one gradient per example; the plain gradient is the usual choice",
+    Reason.EMBEDDING: "use scale_grad_by_freq=False and a dense gradient",
+    Reason.BATCHED_MATMUL: "write it as F.linear, or as torch.bmm with the parameter as one whole operand",
+    Reason.MIXED_USE: "use the parameter only in products with activations, or split it into two parameters",
+    Reason.TRANSPOSED_CONV: "use a transposed convolution without dilation of its output, or exclude it",
+    Reason.BIAS_ALONE: "add it to the output of a layer so that it joins the weight's factor",
+    Reason.REPARAMETRISED: "its gradient passes through a function of the weight; remove the reparametrisation",
+    Reason.BATCH_FREE: "the input of its product does not depend on the batch; the plain gradient is the usual choice",
+    Reason.OUTSIDE_FISHER: "the model's prediction does not depend on it, only the loss does; use fisher='empirical'",
+    Reason.COMPLEX_DTYPE: "use real and imaginary parts as two real parameters",
+    Reason.TOO_LARGE: "raise max_factor_dim of the method if memory allows",
+    Reason.NO_PATTERN: "no layer kind knows the operation that made its gradient; a new file in kfac_fx/layers adds it",
+}
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """A sentence that lists `choices` and, if one is near `name`, proposes it."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{hint} Known: {', '.join(known)}."
+
+
+def check_choice(parameter: str, value: str, choices: Iterable[str]) -> None:
+    """Raise `UnknownNameError` if `value` is not one of `choices`; the message names `parameter`."""
+    known = tuple(choices)
+    if value not in known:
+        raise UnknownNameError(f"{parameter}={value!r} does not exist.{did_you_mean(value, known)}")

@@ -1,0 +1,122 @@
+"""Checks between the user's objects and a step: one clear error each, before anything is changed."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_fx.capture import Batch
+from kfac_fx.errors import (
+    InputError,
+    ModelChangedError,
+    NonFiniteLossError,
+    OptimizerMismatchError,
+    StateError,
+    UnknownNameError,
+    did_you_mean,
+)
+
+Fingerprint = dict[str, tuple[int, tuple[int, ...], torch.dtype, torch.device]]
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Device of the first parameter. Raises `InputError` if the model has none."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise InputError(f"{type(model).__name__} has no parameters: there is nothing to train.")
+    return parameter.device
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """What a compiled step relies on: identity, shape, dtype and device of every parameter."""
+    return {name: (id(p), tuple(p.shape), p.dtype, p.device) for name, p in model.named_parameters()}
+
+
+def check_unchanged(model: nn.Module, known: Fingerprint) -> None:
+    """Raise `ModelChangedError` if parameters were added, removed, replaced, cast or moved after compile."""
+    now = fingerprint(model)
+    if now == known:
+        return
+    changes = [f"{name} was added" for name in now if name not in known]
+    changes += [f"{name} was removed" for name in known if name not in now]
+    for name in now:
+        if name in known and now[name] != known[name]:
+            changes.append(_change(name, known[name], now[name]))
+    listed = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+    raise ModelChangedError(f"the model changed after compile: {listed}. Call kfac_fx.compile(model, ...) again.")
+
+
+def _change(name: str, old: tuple[Any, ...], new: tuple[Any, ...]) -> str:
+    words = ("replaced", "reshaped", "cast", "moved")
+    for position in (1, 2, 3):
+        if old[position] != new[position]:
+            return f"{name} was {words[position]} from {old[position]} to {new[position]}"
+    return f"{name} was replaced by another tensor"
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise `OptimizerMismatchError` unless the optimizer holds exactly the model's trainable parameters."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    named = {id(p): name for name, p in model.named_parameters()}
+    foreign = len(held - set(named))
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if foreign:
+        remedy = "Build it from model.parameters() of the very model that is compiled (after moving or casting it)."
+        raise OptimizerMismatchError(f"the optimizer holds {foreign} tensors that are not parameters of the model. {remedy}")
+    if missing:
+        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        remedy = "Add them to a parameter group, or freeze them with requires_grad_(False)."
+        raise OptimizerMismatchError(f"the optimizer lacks {len(missing)} trainable parameters: {listed}. {remedy}")
+
+
+def check_batch(batch: Batch, model: nn.Module) -> None:
+    """Raise `InputError` if a tensor of the batch is on another device than the model."""
+    device = model_device(model)
+    for index, tensor in enumerate(batch.tensors):
+        if tensor.device != device and tensor.dim() > 0:
+            what = f"input {index}" if index < batch.num_inputs else f"target {index - batch.num_inputs}"
+            raise InputError(f"{what} is on {tensor.device}, but the model is on {device}. Move it with .to({str(device)!r}).")
+
+
+def check_finite(loss: Tensor) -> None:
+    """Raise `NonFiniteLossError` if the loss is infinite or not a number."""
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteLossError(
+            f"the loss is {float(loss)}: parameters, buffers, optimizer state and curvature are unchanged. "
+            "Skip this batch, or lower the learning rate or raise the damping."
+        )
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raise `StateError` if `state` is not what `state_dict` returned."""
+    missing = [key for key in ("step", "curvature", "counts", "optimizer") if key not in state]
+    if missing:
+        raise StateError(f"this is not a state of TrainStep.state_dict(): it lacks {', '.join(missing)}.")
+
+
+def check_exclude(patterns: tuple[str, ...], model: nn.Module) -> None:
+    """Raise `UnknownNameError` for a pattern that matches no parameter."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UnknownNameError(f"exclude={pattern!r} matches no parameter.{did_you_mean(pattern, names)}")
+
+
+def capture_key(model: nn.Module, batch: Batch) -> object:
+    """Equal keys mean equal graphs: shapes, dtypes, structure, mode, autocast state, requires_grad pattern, buffers."""
+    autocast = tuple(
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    )
+    return (
+        tuple((tuple(t.shape), t.dtype, t.device) for t in batch.tensors),
+        tuple(repr(leaf) for leaf in batch.rest),
+        str(batch.spec),
+        tuple(m.training for m in model.modules()),
+        tuple(p.requires_grad for p in model.parameters()),
+        tuple((name, tuple(b.shape), b.dtype) for name, b in model.named_buffers()),
+        autocast,
+    )

@@ -1,0 +1,102 @@
+"""Linear algebra of symmetric factors: batched tensors in, tensors out. Knows no layers and no methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Inverses:
+    """Inverses of a list of batches, and how many matrices were retried in float64 or kept their last inverse."""
+
+    inverses: list[Tensor]
+    retried: int
+    kept_last: int
+
+
+def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor], *, last: Sequence[Tensor]) -> Inverses:
+    """Inverse of `factor + damping I` by Cholesky; matrices of one size are one batched call.
+
+    factors: each [batch, d, d], symmetric, positive semi-definite. dampings: each [batch], in the factor's units. A matrix that is
+    not positive definite in its own precision is retried in float64; if that fails too, or if it is not finite, its inverse in
+    `last` is kept. methods.md 1.7. One host read per call of this function, none per matrix.
+    """
+    order: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for index, factor in enumerate(factors):
+        order.setdefault((factor.shape[-1], factor.dtype, factor.device), []).append(index)
+    inverses: list[Tensor] = list(last)
+    retried = kept = 0
+    for indices in order.values():
+        stacked = torch.cat([add_diagonal(factors[i], dampings[i]) for i in indices])
+        kept_stack = torch.cat([last[i] for i in indices])
+        result, num_retried, num_kept = _inverse_with_retry(stacked, kept_stack)
+        retried, kept = retried + num_retried, kept + num_kept
+        for i, piece in zip(indices, result.split([factors[i].shape[0] for i in indices]), strict=True):
+            inverses[i] = piece
+    return Inverses(inverses=inverses, retried=retried, kept_last=kept)
+
+
+def add_diagonal(factor: Tensor, damping: Tensor) -> Tensor:
+    """factor + damping I. factor: [batch, d, d]; damping: [batch]."""
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return factor + damping.to(factor.dtype)[:, None, None] * eye
+
+
+def _inverse_with_retry(matrices: Tensor, last: Tensor) -> tuple[Tensor, int, int]:
+    finite = torch.isfinite(matrices).flatten(1).all(1)
+    inverse, failed = _cholesky_inverse(matrices, finite)
+    if not bool(failed.any()):
+        return inverse, 0, 0
+    again = failed.nonzero().squeeze(1)
+    wide, failed_again = _cholesky_inverse(matrices[again].double(), finite[again])
+    replacement = torch.where(failed_again[:, None, None], last[again], wide.to(matrices.dtype))
+    return inverse.index_copy(0, again, replacement), len(again), int(failed_again.sum())
+
+
+def _cholesky_inverse(matrices: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """(inverse, failed) per matrix; matrices that are not finite are not decomposed (LAPACK may loop on NaN)."""
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    safe = torch.where(finite[:, None, None], matrices, eye)
+    root, info = torch.linalg.cholesky_ex(safe)
+    inverse = torch.cholesky_inverse(torch.where((info == 0)[:, None, None], root, eye))
+    failed = ~finite | (info != 0) | ~torch.isfinite(inverse).flatten(1).all(1)
+    return inverse, failed
+
+
+def small_inverse(blocks: Tensor, damping: float) -> Tensor:
+    """Inverse of `block + damping I` in closed form. blocks: [channels, k, k] with k = 1 or 2, positive semi-definite.
+
+    A block that stays singular (damping 0) gives zeros: no step in a direction without curvature.
+    """
+    if blocks.shape[-1] == 1:
+        damped = blocks + damping
+        return torch.where(damped > 0, 1 / damped, 0.0)
+    a, b, d = blocks[:, 0, 0] + damping, blocks[:, 0, 1], blocks[:, 1, 1] + damping
+    determinant = a * d - b * b
+    # The product loses the determinant to cancellation when the block is nearly singular: bound it from below.
+    safe = torch.maximum(determinant, torch.finfo(a.dtype).eps * a * d)
+    adjugate = torch.stack([torch.stack([d, -b], -1), torch.stack([-b, a], -1)], -2)
+    return torch.where((safe > 0)[:, None, None], adjugate / safe[:, None, None], 0.0)
+
+
+def mean_eigenvalue(factor: Tensor) -> Tensor:
+    """trace / d per matrix. factor: [batch, d, d], or [d] for a diagonal one (returns [1])."""
+    if factor.dim() == 1:
+        return factor.mean().reshape(1)
+    return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def pi_ratio(a_mean: Tensor, g_mean: Tensor) -> Tensor:
+    """pi = sqrt(mean eigenvalue of A / mean eigenvalue of G); 1 where either is zero or not finite.
+
+    Martens & Grosse 2015, section 6.3 (arXiv:1503.05671); guards of methods.md 1.6 and pitfall P12.
+    """
+    ratio = torch.sqrt(a_mean / g_mean)
+    usable = (a_mean > 0) & (g_mean > 0) & torch.isfinite(ratio) & (ratio > 0)
+    return torch.where(usable, ratio, torch.ones_like(ratio))

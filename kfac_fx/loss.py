@@ -1,0 +1,240 @@
+"""Losses with a known Hessian: what was called, its scale R_, and the cotangents of a Fisher (methods.md 1.1, 1.2).
+
+Enters: calls of torch's loss functions, recorded while the model's loss runs. Leaves: for each call the prediction f,
+the weight of each term, 1/R_, and the cotangents to send back from f. Tensors only; no graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Kind = Literal["cross_entropy", "mse", "bce"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LossCall:
+    """One call of a known loss: `loss = sum over terms of term_weight * ell(prediction)` before reduction.
+
+    prediction: the tensor the loss read. class_dim: its class axis. total: sum of the term weights if the reduction is
+    "mean", else 1 (so that R_ = factor / total). factor: 2 for squared error (ell = 1/2 |f - y|^2), else 1.
+    term_weight: broadcastable to the prediction without its class axis, or None for all ones.
+    """
+
+    kind: Kind
+    reduction: str
+    prediction: Tensor
+    loss: Tensor
+    class_dim: int
+    term_weight: Tensor | None
+    total: Tensor
+    factor: float
+
+    @property
+    def num_terms(self) -> int:
+        """Number of loss terms: positions of the prediction that have a class (or feature) vector of their own."""
+        return self.prediction.numel() // max(self.num_classes, 1)
+
+    @property
+    def num_classes(self) -> int:
+        """Length of one prediction vector."""
+        return self.prediction.shape[self.class_dim]
+
+
+@final
+class LossRecorder(TorchFunctionMode):
+    """While active, lists every call of a loss whose Hessian is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[LossCall] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the function; describe it if it is a known loss."""
+        out = func(*args, **(kwargs or {}))
+        describe = _DESCRIBE.get(func)
+        if describe is not None:
+            with torch.no_grad():
+                self.calls.append(describe(out, *args, **(kwargs or {})))
+        return out
+
+
+def _cross_entropy(
+    out: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> LossCall:
+    class_dim = 0 if input.dim() == 1 else 1
+    if target.shape == input.shape:  # class probabilities: every term counts once
+        terms = input.numel() // max(input.shape[class_dim], 1)
+        total, per_term = torch.full((), float(terms), dtype=input.dtype, device=input.device), None
+    else:
+        per_term = (target != ignore_index).to(input.dtype)
+        if weight is not None:
+            per_term = per_term * weight[target.clamp(min=0)]
+        total = per_term.sum()
+    return _call("cross_entropy", out, input, class_dim, per_term, total, 1.0, reduction)
+
+
+def _nll(
+    out: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> LossCall:
+    return _cross_entropy(out, input, target, weight, size_average, ignore_index, reduce, reduction)
+
+
+def _mse(
+    out: Tensor,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> LossCall:
+    total = torch.full((), float(input.numel()), dtype=input.dtype, device=input.device)
+    per_term = None
+    if weight is not None:
+        per_term = weight.expand_as(input)
+        total = per_term.sum()
+    return _call("mse", out, input, input.dim() - 1, per_term, total, 2.0, reduction)
+
+
+def _bce(
+    out: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> LossCall:
+    total = torch.full((), float(input.numel()), dtype=input.dtype, device=input.device)
+    per_term = None
+    if weight is not None or pos_weight is not None:
+        per_term = torch.ones_like(input) if weight is None else weight.expand_as(input)
+        if pos_weight is not None:
+            per_term = per_term * (1 + (pos_weight - 1) * target)
+    return _call("bce", out, input, input.dim() - 1, per_term, total, 1.0, reduction)
+
+
+def _call(
+    kind: Kind,
+    out: Tensor,
+    prediction: Tensor,
+    class_dim: int,
+    per_term: Tensor | None,
+    total: Tensor,
+    factor: float,
+    reduction: str,
+) -> LossCall:
+    if reduction != "mean":
+        total = torch.ones_like(total)
+    return LossCall(
+        kind=kind,
+        reduction=reduction,
+        prediction=prediction,
+        loss=out,
+        class_dim=class_dim,
+        term_weight=per_term,
+        total=total,
+        factor=factor,
+    )
+
+
+_DESCRIBE: dict[Callable[..., Any], Callable[..., LossCall]] = {
+    F.cross_entropy: _cross_entropy,
+    F.nll_loss: _nll,
+    F.mse_loss: _mse,
+    F.binary_cross_entropy_with_logits: _bce,
+}
+
+
+def scaled_terms(call: LossCall, slope: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(1/R_, term weights) of a call whose result enters the final loss with derivative `slope`.
+
+    slope: 0-dim for reductions "mean" and "sum"; of the call's shape for "none". Terms that the loss ignores weigh 0.
+    """
+    if slope.dim() == 0:
+        return call.total / (call.factor * slope), call.term_weight
+    weights = slope if call.term_weight is None else slope * call.term_weight
+    mean_weight = weights.sum() / (weights != 0).sum().clamp(min=1)
+    return 1.0 / (call.factor * mean_weight), weights / mean_weight
+
+
+def sampled_cotangent(call: LossCall, weights: Tensor | None) -> Tensor:
+    """d ell(f, y^)/df with y^ drawn from the model's own prediction: E[g g^T] is the Hessian (type-1, MC)."""
+    f = call.prediction.detach()
+    if call.kind == "mse":
+        cotangent = torch.randn_like(f)
+    elif call.kind == "bce":
+        q = torch.sigmoid(f)
+        cotangent = q - torch.bernoulli(q)
+    else:
+        logits = f.movedim(call.class_dim, -1)
+        p = torch.softmax(logits, -1)
+        drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1).reshape(p.shape[:-1])
+        cotangent = (p - F.one_hot(drawn, p.shape[-1]).to(p.dtype)).movedim(-1, call.class_dim)
+    return _weighted(call, cotangent, weights)
+
+
+def root_cotangents(call: LossCall, weights: Tensor | None) -> Iterator[Tensor]:
+    """Columns of a root S of the Hessian, S S^T = H: one cotangent per loss term of an example and class (type-2)."""
+    f = call.prediction.detach()
+    classes, class_dim = call.num_classes, call.class_dim
+    positions = f.movedim(class_dim, -1)
+    batched = positions.dim() > 1
+    inner = positions.shape[1:-1] if batched else positions.shape[:-1]
+    for position in range(math.prod(inner)):
+        mask = torch.zeros(math.prod(inner), dtype=f.dtype, device=f.device)
+        mask[position] = 1.0
+        for c in range(classes):
+            column = _root_column(call.kind, positions, c) * mask.reshape(*inner, 1)
+            yield _weighted(call, column.movedim(-1, class_dim), weights)
+
+
+def num_root_cotangents(call: LossCall) -> int:
+    """How many backward passes `root_cotangents` needs."""
+    return math.prod(call.prediction.shape[1:]) if call.prediction.dim() > 1 else call.prediction.numel()
+
+
+def _root_column(kind: Kind, f: Tensor, c: int) -> Tensor:
+    """Column c of S at every position. f: [..., C]."""
+    one = F.one_hot(torch.full(f.shape[:-1], c, dtype=torch.int64, device=f.device), f.shape[-1]).to(f.dtype)
+    if kind == "mse":
+        return one
+    if kind == "bce":
+        q = torch.sigmoid(f)
+        return one * torch.sqrt(q * (1 - q))
+    p = torch.softmax(f, -1)
+    return torch.sqrt(p[..., c : c + 1]) * (one - p)
+
+
+def _weighted(call: LossCall, cotangent: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return cotangent
+    root = weights.sqrt()
+    return cotangent * (root if root.shape == cotangent.shape else root.unsqueeze(call.class_dim))

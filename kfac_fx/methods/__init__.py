@@ -1,0 +1,25 @@
+"""Methods by name. A new method is one file and one entry here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kfac_fx.errors import UnknownNameError, check_choice
+from kfac_fx.methods.kfac import KFAC
+from kfac_fx.types import Method
+
+METHODS: dict[str, type[Any]] = {"kfac": KFAC}
+
+
+def resolve(method: str | Method) -> Method:
+    """An instance as it is; a name as the method with its defaults. Raises `UnknownNameError` with the nearest name."""
+    if isinstance(method, str):
+        check_choice("method", method, METHODS)
+        return METHODS[method]()
+    if not isinstance(method, tuple(METHODS.values())):
+        known = ", ".join(cls.__name__ for cls in METHODS.values())
+        raise UnknownNameError(f"method={method!r} is neither a name nor an instance of one of: {known}.")
+    return method
+
+
+__all__ = ["KFAC", "METHODS", "resolve"]

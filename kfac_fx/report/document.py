@@ -1,0 +1,135 @@
+"""The report of a `Plan` as a JSON document, schema `kfac_fx.report/1`.
+
+Enters: a plan. Leaves: dicts, lists, strings and numbers only, keys sorted, no path of the user's machine, so
+that two reports can be compared line by line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from typing import Any
+
+import torch
+
+from kfac_fx.report.rows import Cost, Totals, cost_of, forward_order, totals
+from kfac_fx.types import FactorSpec, LayerMatch, Method, Plan, Skip, Source, Use
+
+SCHEMA = "kfac_fx.report/1"
+
+
+def document(plan: Plan) -> dict[str, Any]:
+    """Everything the report knows, exact numbers. Layers are in forward order and not collapsed."""
+    content = {
+        "schema": SCHEMA,
+        "versions": {"torch": torch.__version__, "kfac_fx": _version()},
+        "model": plan.capture.model_name,
+        "method": {"name": plan.method.name, "hyperparameters": _hyperparameters(plan.method)},
+        "fisher": plan.fisher,
+        "sharing": plan.sharing,
+        "loss": dataclasses.asdict(plan.capture.loss_info),
+        "totals": _totals(totals(plan), plan.coverage),
+        "layers": [_layer(match, plan) for match in forward_order(plan)],
+        "skips": [_skip(skip) for skip in plan.skipped],
+    }
+    return json.loads(json.dumps(content, sort_keys=True, default=str))
+
+
+def to_json(plan: Plan) -> str:
+    """The document as indented text."""
+    return json.dumps(document(plan), indent=2, sort_keys=True)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("kfac_fx")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+def _hyperparameters(method: Method) -> dict[str, Any]:
+    assert dataclasses.is_dataclass(method) and not isinstance(method, type), "a method is a dataclass"
+    return dataclasses.asdict(method)
+
+
+def _totals(sums: Totals, coverage: float) -> dict[str, Any]:
+    return {
+        "layers": sums.layers,
+        "nodes": sums.nodes,
+        "coverage": coverage,
+        "parameters": {"trainable": sums.trainable, "matched": sums.matched, "skipped": sums.skipped},
+        "tensors": {"skipped": sums.skipped_tensors, "frozen": sums.frozen_tensors},
+        "cost": _cost(sums.cost),
+        "flops_model": sums.model_flops,
+        "overhead": {phase: sums.overhead(phase) for phase in ("apply", "statistics", "inversion", "total")},
+    }
+
+
+def _cost(cost: Cost) -> dict[str, int]:
+    return {
+        "bytes": cost.state_bytes,
+        "flops_statistics": cost.statistics,
+        "flops_refresh": cost.inversion,
+        "flops_apply": cost.apply,
+    }
+
+
+def _layer(match: LayerMatch, plan: Plan) -> dict[str, Any]:
+    factors = [factor for factor in plan.factors if factor.owner == match.key]
+    return {
+        "name": match.name,
+        "key": match.key,
+        "kind": match.kind,
+        "structure": match.structure,
+        "weight": match.weight,
+        "bias": match.bias,
+        "part": match.part,
+        "groups": match.groups,
+        "d_in": match.d_in,
+        "d_out": match.d_out,
+        "rows": match.rows,
+        "numel": match.numel,
+        "uses": [_use(use) for use in match.uses],
+        "source": _source(match.source),
+        "cost": _cost(cost_of(factors)),
+        "factors": [_factor(factor) for factor in factors],
+    }
+
+
+def _use(use: Use) -> dict[str, Any]:
+    """Names of the nodes, as the saved programs print them."""
+    return {"a": use.a.name if use.a else None, "g": [node.name for node in use.g], "grad": use.grad.name}
+
+
+def _factor(factor: FactorSpec) -> dict[str, Any]:
+    return {
+        "side": factor.side,
+        "dim": factor.dim,
+        "count": factor.count,
+        "diagonal": factor.diagonal,
+        "dtype": str(factor.dtype).removeprefix("torch."),
+        "bytes": factor.bytes,
+        "flops_statistics": factor.flops_statistics,
+        "flops_refresh": factor.flops_refresh,
+        "flops_apply": factor.flops_apply,
+        "form": factor.form,
+        "shared_with": factor.shared_with,
+    }
+
+
+def _skip(skip: Skip) -> dict[str, Any]:
+    return {
+        "parameter": skip.parameter,
+        "reason": skip.reason.value,
+        "detail": skip.detail,
+        "numel": skip.numel,
+        "source": _source(skip.source),
+        "advice": skip.advice,
+    }
+
+
+def _source(source: Source | None) -> dict[str, Any] | None:
+    if source is None:
+        return None
+    return {"file": str(source).rsplit(":", 1)[0], "line": source.line, "code": source.code.strip()}

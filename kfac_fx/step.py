@@ -1,0 +1,279 @@
+"""`TrainStep`: which program runs now, the state between steps, `state_dict`.
+
+One step: the program of this batch's shapes gives loss and gradients (and statistics when due); inverses are refreshed when due;
+the gradients are preconditioned; the optimizer, PyTorch's own, updates the parameters. Nothing changes unless all succeeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from kfac_fx import guards
+from kfac_fx.canonical import gradient_names, initial_state, state_dtype, state_owner
+from kfac_fx.capture import Batch, flatten_batch
+from kfac_fx.curvature import Curvature, Pending
+from kfac_fx.errors import InputError, KfacFxError
+from kfac_fx.instrument import Program, Variant, instrument, precondition_function
+from kfac_fx.lower import execution, lower, mutated_placeholders, resolve_backend
+from kfac_fx.trace import trace
+from kfac_fx.types import Fisher, LossFn, Method, Plan, Sharing
+
+
+@final
+@dataclass(kw_only=True)
+class _Compiled:
+    """One captured batch shape: its plan and the programs written so far."""
+
+    plan: Plan
+    backend: str
+    programs: dict[Variant, Program] = field(default_factory=dict)
+    callables: dict[Variant, Any] = field(default_factory=dict)
+    mutated: dict[Variant, tuple[int, ...]] = field(default_factory=dict)
+
+    def program(self, variant: Variant) -> Program:
+        """The variant's program, written at its first use."""
+        if variant not in self.programs:
+            program = instrument(self.plan, variant)
+            self.programs[variant] = program
+            self.mutated[variant] = mutated_placeholders(program.module)
+        return self.programs[variant]
+
+    def call(self, variant: Variant, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        """Run a variant; if it raises or its loss is not finite, buffers get their old values back."""
+        module = self.program(variant).module
+        if variant not in self.callables:
+            self.callables[variant] = lower(module, self.backend)
+        saved = [(tensors[i], tensors[i].clone()) for i in self.mutated[variant]]
+        try:
+            outputs = tuple(self.callables[variant](*tensors))
+            guards.check_finite(outputs[0])
+        except BaseException:
+            with torch.no_grad():
+                for tensor, old in saved:
+                    tensor.copy_(old)
+            raise
+        return outputs
+
+
+@final
+class _Graphs(Mapping[str, GraphModule]):
+    """Variants of the last captured batch shape, written on demand."""
+
+    def __init__(self, compiled: _Compiled) -> None:
+        self._compiled = compiled
+
+    def __getitem__(self, name: str) -> GraphModule:
+        """The rewritten graph of that variant."""
+        if name not in tuple(self):
+            raise KeyError(name)
+        return self._compiled.program(name).module  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the variants."""
+        return iter(("plain", "statistics", "gradients", "batch_statistics"))
+
+    def __len__(self) -> int:
+        """Number of variants."""
+        return 4
+
+
+@final
+class TrainStep:
+    """A compiled training step. Made by `kfac_fx.compile`; see there."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None,
+        *,
+        method: Method,
+        optimizer: torch.optim.Optimizer | None,
+        fisher: Fisher,
+        sharing: Sharing,
+        exclude: tuple[str, ...],
+        backend: str,
+        strict: bool,
+    ) -> None:
+        self.model = model
+        self.loss_fn = loss_fn
+        self.method = method
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = method.base_optimizer(trainable) if optimizer is None else optimizer
+        guards.check_optimizer(self.optimizer, model)
+        self._options = {"fisher": fisher, "sharing": sharing, "exclude": exclude, "strict": strict}
+        self._backend = resolve_backend(backend, guards.model_device(model))
+        self._fingerprint = guards.fingerprint(model)
+        self._compiled: dict[object, _Compiled] = {}
+        self._last: _Compiled | None = None
+        self._curvature = Curvature(method)
+        self._pending: Pending | None = None
+        self._step = 0
+        self._rates: tuple[tuple[float, ...], Tensor] | None = None
+
+    def __call__(self, inputs: Any, targets: Any = None) -> Tensor:
+        """One full training step. Returns the loss before the update: a detached 0-dim tensor.
+
+        Raises `NonFiniteLossError` (nothing changed), `CaptureError`, `InputError`, `ModelChangedError`.
+        """
+        if self._pending is not None:
+            raise KfacFxError("step(...) was called while accumulated batches wait: call step.update() first.")
+        if self._refresh_due():
+            loss = self.accumulate(inputs, targets)
+            self.update()
+            return loss
+        compiled, batch = self._prepare(inputs, targets)
+        variant: Variant = "statistics" if self._statistics_due() else "plain"
+        outputs = compiled.call(variant, self._arguments(compiled, variant, batch))
+        program = compiled.program(variant)
+        gradients = dict(zip(program.gradients, outputs[2:], strict=False))
+        if variant == "statistics":
+            tensors = outputs[2 + len(program.gradients) :]
+            self._curvature.replace(dict(zip(program.state_outputs, tensors, strict=True)))
+        self._apply(gradients)
+        return outputs[0].detach()
+
+    def accumulate(self, inputs: Any, targets: Any = None) -> Tensor:
+        """Gradients and, when due, statistics of one batch, without an update. Returns its loss.
+
+        Batches of a mean loss are weighted by their numbers of loss terms, so that two halves equal the whole.
+        """
+        compiled, batch = self._prepare(inputs, targets)
+        variant: Variant = "batch_statistics" if self._statistics_due() else "gradients"
+        outputs = compiled.call(variant, self._arguments(compiled, variant, batch))
+        program = compiled.program(variant)
+        gradients = dict(zip(program.gradients, outputs[2:], strict=False))
+        statistics = dict(zip(program.state_outputs, outputs[2 + len(program.gradients) :], strict=True))
+        with torch.no_grad():
+            self._pending = Pending.add(self._pending, compiled.plan, outputs[1], gradients, statistics)
+        return outputs[0].detach()
+
+    def update(self) -> None:
+        """One update for all that was accumulated: statistics, refresh when due, precondition, optimizer."""
+        pending = self._pending
+        if pending is None:
+            raise KfacFxError("step.update() has nothing to apply: call step.accumulate(inputs, targets) first.")
+        plan = pending.plan
+        with execution():
+            if pending.statistics:
+                self._curvature.fold(plan, pending.statistics)
+            if self._refresh_due():
+                self._curvature.refresh()
+            gradients = dict(pending.gradients)
+            gradients.update(self._precondition(plan, gradients))
+        self._pending = None
+        self._apply(gradients)
+
+    def _precondition(self, plan: Plan, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = gradient_names(plan)
+        if not names:
+            return {}
+        keys = _state_keys(plan)
+        tensors = [gradients[name] for name in names] + [self._curvature.tensor(*key) for key in keys]
+        directions = precondition_function(plan, keys)(*tensors, self._learning_rates(plan))
+        return dict(zip(names, directions, strict=True))
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the last captured batch shape; `print(step.plan)` is the report."""
+        return self._require_capture().plan
+
+    @property
+    def graphs(self) -> Mapping[str, GraphModule]:
+        """Rewritten graphs of the last captured batch shape: "plain", "statistics", and the two for accumulation."""
+        return _Graphs(self._require_capture())
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How often factors were retried in float64 and how often the last inverse was kept, since the start."""
+        return {"retried": self._curvature.retried, "kept_last": self._curvature.kept_last}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers alone: loads with `torch.load(..., weights_only=True)`; resuming is bit-identical.
+
+        As in PyTorch the tensors are the live ones; parameters and buffers are the model's own `state_dict`.
+        """
+        if self._pending is not None:
+            raise KfacFxError("state_dict() was called while accumulated batches wait: call step.update() first.")
+        return {
+            "step": self._step,
+            **self._curvature.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`. Raises `StateError` naming what does not fit this model or method."""
+        guards.check_state(state)
+        self._curvature.load_state_dict(state)
+        for compiled in self._compiled.values():
+            self._curvature.adopt(compiled.plan)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._step = int(state["step"])
+
+    def _statistics_due(self) -> bool:
+        return self._step % self.method.statistics_every == 0 or (self._refresh_due() and self._curvature.empty)
+
+    def _refresh_due(self) -> bool:
+        return self._step % self.method.inverse_every == 0
+
+    def _require_capture(self) -> _Compiled:
+        if self._last is None:
+            raise KfacFxError("nothing is captured yet: tracing happens at the first call step(inputs, targets).")
+        return self._last
+
+    def _prepare(self, inputs: Any, targets: Any) -> tuple[_Compiled, Batch]:
+        guards.check_unchanged(self.model, self._fingerprint)
+        batch = flatten_batch(inputs, targets)
+        guards.check_batch(batch, self.model)
+        key = guards.capture_key(self.model, batch)
+        if key not in self._compiled:
+            plan = trace(self.model, self.loss_fn, batch, method=self.method, **self._options)
+            self._curvature.adopt(plan)
+            self._compiled[key] = _Compiled(plan=plan, backend=self._backend)
+        self._last = self._compiled[key]
+        return self._last, batch
+
+    def _arguments(self, compiled: _Compiled, variant: Variant, batch: Batch) -> list[Tensor]:
+        program = compiled.program(variant)
+        tensors: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), *batch.tensors]
+        tensors += [self._curvature.tensor(*key) for key in program.state_inputs]
+        if program.has_weight:
+            tensors.append(self._curvature.next_weight())
+        if program.has_rates:
+            tensors.append(self._learning_rates(compiled.plan))
+        return tensors
+
+    def _learning_rates(self, plan: Plan) -> Tensor:
+        """Learning rate of each matched layer, from the optimizer's parameter groups."""
+        rate_of = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
+        parameters = dict(self.model.named_parameters())
+        rates = tuple(rate_of[id(parameters[match.weight])] for match in plan.matched)
+        if self._rates is None or self._rates[0] != rates:
+            dtype = plan.capture.inverse_scale.meta["val"].dtype
+            self._rates = (rates, torch.tensor(rates, dtype=dtype, device=guards.model_device(self.model)))
+        return self._rates[1]
+
+    def _apply(self, gradients: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = gradients.get(name)
+        self.optimizer.step()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self._step += 1
+
+
+def _state_keys(plan: Plan) -> list[tuple[str, str]]:
+    """(key, name) of every state tensor that this plan's layers read."""
+    keys = [
+        (state_owner(plan, match, name), name)
+        for match in plan.matched
+        for name in initial_state(plan, match, plan.method)
+    ]
+    return list(dict.fromkeys(keys))
+
+

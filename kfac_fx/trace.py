@@ -1,0 +1,38 @@
+"""model + loss + batch -> `Plan`: capture, match and plan in one call, for `inspect` and for `TrainStep`."""
+
+from __future__ import annotations
+
+import fnmatch
+
+from torch import nn
+
+from kfac_fx.capture import Batch, capture
+from kfac_fx.match import match
+from kfac_fx.plan import check_strict, make_plan
+from kfac_fx.report import render
+from kfac_fx.types import Fisher, LossFn, Method, Plan, Sharing
+
+
+def trace(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    batch: Batch,
+    *,
+    method: Method,
+    fisher: Fisher,
+    sharing: Sharing,
+    exclude: tuple[str, ...],
+    strict: bool,
+) -> Plan:
+    """The plan for batches of these shapes. With `strict`, raises `UnsupportedModelError` if anything is skipped."""
+    captured = capture(model, loss_fn, batch, fisher=fisher)
+
+    def excluded(name: str) -> bool:
+        parameter = captured.parameter(name)
+        return any(fnmatch.fnmatch(n, p) for p in exclude for n in (name, *parameter.aliases))
+
+    matches = match(captured, exclude=excluded)
+    plan = make_plan(captured, matches, method, fisher=fisher, sharing=sharing, render=render)
+    if strict:
+        check_strict(plan)
+    return plan

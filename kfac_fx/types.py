@@ -1,0 +1,405 @@
+"""The frozen records that travel between the passes.
+
+Nodes are named by what they are, never by position. No record is edited after it was made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias, final
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from kfac_fx.errors import Reason
+
+Fisher = Literal["empirical", "mc", "type2"]
+Sharing = Literal["expand", "reduce"]
+LossFn: TypeAlias = Callable[[Any, Any], Tensor]
+State: TypeAlias = dict[str, Tensor]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A line of the user's program."""
+
+    file: str
+    line: int
+    code: str
+
+    def __str__(self) -> str:
+        """`file.py:12`, without the folder."""
+        return f"{self.file.rsplit('/', 1)[-1]}:{self.line}"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter tensor of the model. `aliases` are its other names when modules share it."""
+
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+    node: Node
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LossInfo:
+    """What the capture found out about the loss (methods.md 1.1).
+
+    kind: "cross_entropy", "mse", "bce" or "unknown". reduction: "mean", "sum" or "unknown". examples: N, the batch
+    size. terms: R', the number of loss terms per example. note: one sentence for the report.
+    """
+
+    kind: str
+    reduction: str
+    examples: int
+    terms: int
+    note: str
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One backward pass: the seed that starts it and the gradient it gives to each parameter, by name."""
+
+    seed: Node
+    gradients: Mapping[str, Node]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """A model, its loss and its backward pass as one graph.
+
+    graph: placeholders are parameters, buffers, inputs, targets in that order; outputs are the loss, then one
+    gradient per trainable parameter that has one. passes[0] is the training backward; the others, if any, start at
+    the model's prediction for the Fisher. inverse_scale is the node of 1/R_ (0-dim tensor): the loss is R_ times
+    the sum of its terms. backward: nodes that depend on a seed. data: nodes that depend on inputs or targets.
+    """
+
+    graph: GraphModule
+    model_name: str
+    parameters: tuple[Parameter, ...]
+    buffers: Mapping[str, Node]
+    inputs: tuple[Node, ...]
+    targets: tuple[Node, ...]
+    loss: Node
+    loss_info: LossInfo
+    inverse_scale: Node
+    passes: tuple[Pass, ...]
+    backward: frozenset[Node]
+    data: frozenset[Node]
+    fisher: Fisher
+    user_sources: Mapping[str, Source]
+
+    @property
+    def gradients(self) -> Mapping[str, Node]:
+        """Gradient node of the training loss for each parameter that has one."""
+        return self.passes[0].gradients
+
+    def parameter(self, name: str) -> Parameter:
+        """The parameter of that name."""
+        return next(p for p in self.parameters if p.name == name)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Permute:
+    """A layout step: `tensor.permute(dims)`."""
+
+    dims: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A layout step: `tensor.reshape(after)` of a tensor of shape `before`."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the canonical gradient `[groups, d_out, d_in]` of a product becomes the parameter's gradient."""
+
+    steps: tuple[Permute | View, ...]
+
+    def to_parameter(self, matrix: Tensor) -> Tensor:
+        """[groups, d_out, d_in] -> the parameter's shape."""
+        for step in self.steps:
+            matrix = matrix.permute(step.dims) if isinstance(step, Permute) else matrix.reshape(step.after)
+        return matrix
+
+    def to_matrix(self, gradient: Tensor) -> Tensor:
+        """The parameter's shape -> [groups, d_out, d_in]."""
+        for step in reversed(self.steps):
+            if isinstance(step, Permute):
+                inverse = [0] * len(step.dims)
+                for position, dim in enumerate(step.dims):
+                    inverse[dim] = position
+                gradient = gradient.permute(inverse)
+            else:
+                gradient = gradient.reshape(step.before)
+        return gradient
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Of a convolution: one entry per spatial axis. `flip` marks a kernel stored mirrored (transposed convolution)."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """One product of one parameter: `scale * sum_rows g a^T` is a term of its gradient.
+
+    a: the tensor the layer reads (None: a constant one, for shifts). g: cotangent of the layer's output, one node per
+    backward pass, the training pass first. operands: further forward tensors a kind needs (mean and rstd of a norm).
+    bias: whether the layer's bias joins this use.
+    """
+
+    a: Node | None
+    g: tuple[Node, ...]
+    grad: Node
+    operands: tuple[Node, ...] = ()
+    geometry: Geometry | None = None
+    scale: float = 1.0
+    bias: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LayerMatch:
+    """A parameter (and perhaps its bias) whose gradient is a sum of recognised products.
+
+    name: module path. key: name of the weight, or of a part of it, under which the state is kept. structure: "kronecker"
+    (factors A and G), "diagonal" (A is a vector) or "block" (small blocks F per channel). part: rows of the parameter
+    that this match covers (None: all). d_in counts the bias column. rows: number of rows (a, g) per pass, all uses.
+    """
+
+    name: str
+    key: str
+    kind: str
+    structure: Literal["kronecker", "diagonal", "block"]
+    weight: str
+    bias: str | None
+    part: tuple[int, int] | None
+    uses: tuple[Use, ...]
+    layout: Layout
+    bias_layout: Layout | None
+    groups: int
+    d_in: int
+    d_out: int
+    rows: int
+    numel: int
+    shared_a: str
+    source: Source | None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Skip:
+    """A parameter left to the base optimizer, with the reason."""
+
+    parameter: str
+    reason: Reason
+    detail: str
+    numel: int
+    source: Source | None
+
+    @property
+    def advice(self) -> str:
+        """What the user can do about it."""
+        return self.reason.advice
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Matches:
+    """Every parameter exactly once: matched (as weight or bias) or skipped."""
+
+    matched: tuple[LayerMatch, ...]
+    skipped: tuple[Skip, ...]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FactorSpec:
+    """One stored curvature factor of one layer.
+
+    dim: side length of the square factor (or length of the vector). count: number of such factors (groups, channels).
+    flops_*: floating point operations each time that phase runs (one multiply-add counts 2). form: how the statistics
+    are computed, in words. shared_with: key of the layer that owns the factor when this layer only reads it.
+    """
+
+    owner: str
+    side: Literal["A", "G", "F"]
+    dim: int
+    count: int
+    diagonal: bool
+    dtype: torch.dtype
+    bytes: int
+    flops_statistics: int
+    flops_refresh: int
+    flops_apply: int
+    form: str
+    shared_with: str | None = None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Refreshed:
+    """Of one refresh: how many factors had to be inverted in float64, and how many kept their last inverse."""
+
+    retried: int
+    kept_last: int
+
+
+class Statistics(Protocol):
+    """What a layer kind offers to a method for one match, as traced tensors (methods.md 1.3 normalisation)."""
+
+    @property
+    def structure(self) -> str:
+        """The match's structure."""
+        ...
+
+    def input_moment(self) -> Tensor:
+        """A: [groups, d_in, d_in], or [groups * d_in] for a diagonal structure."""
+        ...
+
+    def output_moment(self) -> Tensor:
+        """G: [groups, d_out, d_out]."""
+        ...
+
+    def blocks(self) -> Tensor:
+        """F: [channels, k, k] of a block structure."""
+        ...
+
+
+class Method(Protocol):
+    """One curvature method: hyper-parameters and pure functions on tensors. Knows no fx and no layer kind."""
+
+    @property
+    def name(self) -> str:
+        """The method's name on the command line."""
+        ...
+
+    @property
+    def statistics_every(self) -> int:
+        """Steps between two updates of the statistics."""
+        ...
+
+    @property
+    def inverse_every(self) -> int:
+        """Steps between two refreshes of the inverses."""
+        ...
+
+    @property
+    def shared_names(self) -> frozenset[str]:
+        """State tensors that depend on the layer's input alone: kept once for layers that read the same input."""
+        ...
+
+    @property
+    def max_factor_dim(self) -> int:
+        """Largest side length of a dense factor; larger layers are skipped."""
+        ...
+
+    def base_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The published base optimizer."""
+        ...
+
+    def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:
+        """State of one layer before any statistics."""
+        ...
+
+    def statistics_names(self, match: LayerMatch) -> tuple[str, ...]:
+        """Names of the state tensors that a batch contributes to. Names of input factors start with "A"."""
+        ...
+
+    def batch_statistics(self, statistics: Statistics, names: Sequence[str]) -> State:
+        """What one batch contributes, for these names."""
+        ...
+
+    def moving_average(self, state: State, batch: State, *, weight: Tensor) -> State:
+        """Fold a batch's statistics into the state. weight: 0-dim share of the new batch."""
+        ...
+
+    def new_weight(self, count: int) -> float:
+        """Share of the newest batch in the moving average after `count` earlier updates."""
+        ...
+
+    def refresh(self, states: Mapping[str, State]) -> tuple[dict[str, State], Refreshed]:
+        """New inverses for all layers (the changed tensors alone), and what happened."""
+        ...
+
+    def precondition(self, state: State, gradient: Tensor) -> Tensor:
+        """Apply the inverse to the canonical gradient [groups, d_out, d_in], or [channels, k] for blocks."""
+        ...
+
+    def rescale(self, directions: list[Tensor], gradients: list[Tensor], *, learning_rates: Tensor) -> list[Tensor]:
+        """Bound or restore the length of the update. learning_rates: [layers]."""
+        ...
+
+    def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
+        """What is stored per layer and what it costs."""
+        ...
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The decision for one captured model: the only thing that report, instrument and lower read."""
+
+    capture: Capture
+    matches: Matches
+    method: Method
+    factors: tuple[FactorSpec, ...]
+    fisher: Fisher
+    sharing: Sharing
+    model_flops: int
+    render: Callable[[Plan], str] = field(repr=False)
+
+    @property
+    def matched(self) -> tuple[LayerMatch, ...]:
+        """Layers that are preconditioned."""
+        return self.matches.matched
+
+    @property
+    def skipped(self) -> tuple[Skip, ...]:
+        """Parameters left to the base optimizer, with reasons."""
+        return self.matches.skipped
+
+    @property
+    def coverage(self) -> float:
+        """Share of trainable parameter elements that are matched, in [0, 1]."""
+        total = sum(p.numel for p in self.capture.parameters if p.trainable)
+        return sum(m.numel for m in self.matched) / total if total else 1.0
+
+    def __str__(self) -> str:
+        """The report, as `kfac-fx inspect` prints it."""
+        return self.render(self)

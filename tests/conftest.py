@@ -1,0 +1,33 @@
+"""Every test starts from the same seeds, on one thread, in torch's own default dtype."""
+
+import random
+from collections.abc import Iterator
+
+import hypothesis
+import numpy
+import pytest
+import torch
+
+SEED = 0
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("kfac_fx", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("kfac_fx")
+
+
+@pytest.fixture(autouse=True)
+def same_seeds() -> None:
+    """A test draws the same numbers alone, in any order and in any process."""
+    random.seed(SEED)
+    numpy.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def default_dtype_is_untouched() -> Iterator[None]:
+    """A test that wants float64 asks for it on its tensors; the global default stays float32."""
+    assert torch.get_default_dtype() is torch.float32
+    yield
+    changed = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    assert changed is torch.float32, f"the test left {changed} as the default dtype"

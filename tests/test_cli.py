@@ -1,0 +1,145 @@
+"""The command `kfac-fx`: exit codes, what goes to stdout, one clean message per error."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+import kfac_fx
+from kfac_fx.report import render
+from kfac_fx.target import load_target
+from kfac_fx_cli.main import app
+
+TARGET = str(Path(__file__).parent / "golden" / "tiny_gpt.py")
+COVERED = f"{TARGET}:build_covered"
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def error_of(*arguments: str) -> str:
+    """The one line on stderr of a command that ends with 1 and prints nothing else."""
+    result = run(*arguments)
+    assert result.exit_code == 1 and result.stdout == ""
+    line = result.stderr.strip()
+    assert line.startswith("error: ") and "Traceback" not in line and "\n" not in line
+    return line
+
+
+def test_inspect_prints_the_report() -> None:
+    target = load_target(TARGET)
+    plan = kfac_fx.inspect(target.model, target.loss_fn, target.inputs, target.targets, method="kfac")
+    result = run("inspect", TARGET)
+    assert result.exit_code == 0 and result.stdout == render(plan) + "\n"
+
+
+def test_options_reach_the_library() -> None:
+    result = run(
+        "inspect", TARGET, "--fisher", "type2", "--sharing", "reduce", "--exclude", "head*", "--json"
+    )
+    content = json.loads(result.stdout)
+    assert (content["fisher"], content["sharing"]) == ("type2", "reduce")
+    reasons = {skip["parameter"]: skip["reason"] for skip in content["skips"]}
+    assert reasons["head.weight"] == "excluded"
+
+
+def test_json_is_all_of_stdout_even_if_the_target_prints(tmp_path: Path) -> None:
+    noisy = tmp_path / "noisy.py"
+    noisy.write_text("print('loading')\n" + Path(TARGET).read_text())
+    result = run("inspect", str(noisy), "--json")
+    assert json.loads(result.stdout)["schema"] == "kfac_fx.report/1"
+    assert "loading" in result.stderr
+
+
+def test_json_says_that_it_ignores_the_layer_option() -> None:
+    assert "no effect" in run("inspect", TARGET, "--json", "--layer", "head").stderr
+
+
+def test_strict_ends_with_2_if_something_trainable_is_skipped() -> None:
+    assert run("inspect", TARGET, "--strict").exit_code == 2
+    assert run("inspect", TARGET, "--strict", "--json").exit_code == 2
+
+
+def test_strict_does_not_count_frozen_parameters() -> None:
+    result = run("inspect", COVERED, "--strict")
+    assert result.exit_code == 0 and "frozen  1 tensor" in result.stdout
+
+
+def test_layer_and_skipped_narrow_and_widen_the_report() -> None:
+    only = run("inspect", TARGET, "--layer", "blocks.1.*").stdout
+    assert "blocks.1.q" in only and "blocks.0.q" not in only and "filters" not in only
+    assert "-> the loss does not depend on it" in run("inspect", TARGET, "--skipped").stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--no-color"]])
+def test_output_that_is_no_terminal_has_no_colour(options: list[str]) -> None:
+    assert "\x1b[" not in run("inspect", TARGET, *options).stdout
+
+
+def test_transform_writes_the_folder_and_says_so(tmp_path: Path) -> None:
+    result = run("transform", TARGET, "--method", "kfac", "-o", str(tmp_path / "deep" / "out"))
+    assert result.exit_code == 0
+    folder = tmp_path / "deep" / "out"
+    names = {"summary.txt", "report.json", "captured.py", "plain.py", "statistics.py"}
+    assert {file.name for file in folder.iterdir()} == names
+    assert all(f"saved {folder / name}" in result.stdout for name in names)
+    assert result.stdout.startswith((folder / "summary.txt").read_text())
+    assert json.loads((folder / "report.json").read_text())["model"] == "TinyGPT"
+    sizes = {}
+    for name in ("captured", "plain", "statistics"):
+        program = (folder / f"{name}.py").read_text()
+        ast.parse(program)
+        sizes[name] = len(program)
+    assert sizes["captured"] < sizes["plain"] < sizes["statistics"]
+
+
+def test_transform_writes_to_kfac_fx_out_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("transform", COVERED).exit_code == 0
+    assert (tmp_path / "kfac_fx_out" / "report.json").exists()
+
+
+def test_methods_lists_every_method_with_its_schedule() -> None:
+    result = run("methods")
+    assert result.exit_code == 0
+    for name in kfac_fx.methods():
+        assert name in result.stdout
+    assert str(kfac_fx.KFAC().damping) in result.stdout and "arXiv:1503.05671" in result.stdout
+
+
+def test_an_unknown_method_gets_a_proposal() -> None:
+    assert "Did you mean 'kfac'?" in error_of("inspect", TARGET, "--method", "kfca")
+
+
+@pytest.mark.parametrize("option", ["--fisher", "--sharing"])
+def test_an_unknown_setting_is_an_error(option: str) -> None:
+    assert "'nonsense' does not exist" in error_of("inspect", TARGET, option, "nonsense")
+
+
+def test_an_unknown_layer_pattern_is_an_error() -> None:
+    assert "Did you mean 'filters'?" in error_of("inspect", TARGET, "--layer", "filter")
+
+
+def test_an_exclude_pattern_that_fits_nothing_is_an_error() -> None:
+    assert "nothing_like_this" in error_of("inspect", TARGET, "--exclude", "nothing_like_this")
+
+
+def test_a_missing_target_is_an_error() -> None:
+    assert "does not exist" in error_of("inspect", "no_such_file.py")
+    assert "does not exist" in error_of("transform", "no_such_file.py", "--method", "kfac")
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    assert "cannot write to" in error_of("transform", COVERED, "-o", str(tmp_path / "taken"))
+
+
+def test_a_missing_argument_shows_the_usage() -> None:
+    result = run("inspect")
+    assert result.exit_code == 2 and "TARGET" in result.stderr

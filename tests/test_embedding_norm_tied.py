@@ -1,0 +1,220 @@
+"""Embeddings, scale-and-shift of normalisations and weights used twice (oracles B1 to B3 and EMB2)."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kfac_fx
+from tests.helpers import batch_factors, gradients, parameter_change
+from tests.oracles import (
+    kronecker_block,
+    parameters_ggn,
+    reference_factors,
+    relative_error,
+    weight_ggn,
+)
+
+VOCABULARY, WIDTH, CLASSES = 7, 3, 4
+TOLERANCE = 1e-10
+
+
+class Words(nn.Module):
+    """Class of a sentence: embedding, mean over the words, tanh, linear head."""
+
+    def __init__(self, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH, padding_idx=padding_idx)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens).mean(1).tanh())
+
+
+class OneHot(nn.Module):
+    """The same function with the embedding as a linear layer over one-hot rows."""
+
+    def __init__(self, words: Words) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(VOCABULARY, WIDTH, bias=False).double()
+        self.embedding.weight.data.copy_(words.embedding.weight.T)
+        self.head = words.head
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = nn.functional.one_hot(tokens, VOCABULARY).to(self.embedding.weight.dtype)
+        return self.head(self.embedding(rows).mean(1).tanh())
+
+
+def sentences() -> tuple[Tensor, Tensor]:
+    """Five sentences of six words; the last word of the vocabulary never occurs."""
+    torch.manual_seed(0)
+    return torch.randint(VOCABULARY - 1, (5, 6)), torch.randint(CLASSES, (5,))
+
+
+@pytest.mark.parametrize("fisher", ["type2", "empirical"])
+def test_b1_embedding_factors_are_word_frequencies_and_those_of_one_hot_rows(fisher: str) -> None:
+    tokens, y = sentences()
+    words = Words().double()
+    loss_fn, name = nn.CrossEntropyLoss(), "embedding.weight"
+    state = batch_factors(words, loss_fn, tokens, y, fisher=fisher, sharing="expand")[name]
+    dense = batch_factors(OneHot(words), loss_fn, tokens, y, fisher=fisher, sharing="expand")[name]
+    wanted = reference_factors(words, loss_fn, tokens, y, fisher=fisher, sharing="expand")[name]
+    counts = torch.bincount(tokens.flatten(), minlength=VOCABULARY).double()
+    assert torch.equal(state["A"], counts / tokens.numel())
+    assert relative_error(torch.diag(state["A"])[None], wanted["A"]) < TOLERANCE
+    assert relative_error(torch.diag(state["A"])[None], dense["A"]) < TOLERANCE
+    assert relative_error(state["G"], wanted["G"]) < TOLERANCE
+    assert relative_error(state["G"], dense["G"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("fisher", ["type2", "empirical"])
+@pytest.mark.parametrize("pi", [True, False])
+def test_emb2_row_formula_equals_the_dense_solve(pi: bool, fisher: str) -> None:
+    tokens, y = sentences()
+    words, loss_fn = Words().double(), nn.CrossEntropyLoss()
+    method = kfac_fx.KFAC(damping=1e-2, kl_clip=None, pi=pi)
+    change = parameter_change(words, loss_fn, tokens, y, method=method, fisher=fisher)["embedding.weight"]
+    state = batch_factors(words, loss_fn, tokens, y, fisher=fisher, sharing="expand")["embedding.weight"]
+    A, G = torch.diag(state["A"]), state["G"][0]
+    ratio = ((A.trace() / VOCABULARY) / (G.trace() / WIDTH)).sqrt() if pi else torch.tensor(1.0).double()
+    A_damped = A + 0.1 * ratio * torch.eye(VOCABULARY, dtype=torch.float64)
+    G_damped = G + 0.1 / ratio * torch.eye(WIDTH, dtype=torch.float64)
+    gradient = gradients(words, loss_fn, tokens, y)["embedding.weight"]
+    block = torch.kron(A_damped, G_damped)
+    dense = torch.linalg.solve(block, gradient.flatten()).view_as(gradient)
+    assert relative_error(change, -dense) < TOLERANCE
+    assert torch.equal(change[-1], torch.zeros(WIDTH, dtype=torch.float64))
+
+
+def test_padding_word_is_not_counted_and_not_updated() -> None:
+    tokens, y = sentences()
+    words, loss_fn = Words(padding_idx=2).double(), nn.CrossEntropyLoss()
+    assert (tokens == 2).any()
+    state = batch_factors(words, loss_fn, tokens, y, fisher="type2", sharing="expand")["embedding.weight"]
+    change = parameter_change(words, loss_fn, tokens, y, method=kfac_fx.KFAC(), fisher="type2")
+    counts = torch.bincount(tokens[tokens != 2], minlength=VOCABULARY).double()
+    assert relative_error(state["A"] / state["A"].sum(), counts / counts.sum()) < TOLERANCE
+    assert torch.equal(change["embedding.weight"][2], torch.zeros(WIDTH, dtype=torch.float64))
+
+
+def normalised(norm: nn.Module, *before: nn.Module) -> nn.Module:
+    """A smooth classifier around one normalisation with random scale and shift."""
+    model = nn.Sequential(*before, norm, nn.Tanh(), nn.Flatten(), nn.LazyLinear(CLASSES)).double()
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+NORMS = {
+    "layer norm": ((6,), lambda: normalised(nn.LayerNorm(6), nn.Linear(6, 6))),
+    "layer norm without shift": ((6,), lambda: normalised(nn.LayerNorm(6, bias=False), nn.Linear(6, 6))),
+    "layer norm of tokens": ((3, 4), lambda: normalised(nn.LayerNorm(4), nn.Linear(4, 4))),
+    "rms norm": ((6,), lambda: normalised(nn.RMSNorm(6), nn.Linear(6, 6))),
+    "batch norm of rows": ((6,), lambda: normalised(nn.BatchNorm1d(6), nn.Linear(6, 6))),
+    "batch norm of images": ((2, 4, 4), lambda: normalised(nn.BatchNorm2d(4), nn.Conv2d(2, 4, 3))),
+    "batch norm in eval mode": ((2, 4, 4), lambda: normalised(nn.BatchNorm2d(4), nn.Conv2d(2, 4, 3)).eval()),
+    "group norm": ((2, 4, 4), lambda: normalised(nn.GroupNorm(2, 4), nn.Conv2d(2, 4, 3))),
+    "group norm of rows": ((6,), lambda: normalised(nn.GroupNorm(3, 6), nn.Linear(6, 6))),
+}
+
+
+def unit_blocks(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Exact sub-blocks [channels, k, k] of (scale_c, shift_c) of the second module."""
+    names = [f"1.{kind}" for kind, _ in model[1].named_parameters()]
+    whole = parameters_ggn(model, loss_fn, x, y, names)
+    channels = model[1].weight.numel()
+    return torch.stack([whole[c::channels, c::channels] for c in range(channels)])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "mse"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_b2_unit_blocks_of_a_norm_are_exact_for_any_network(norm: str, loss: str, reduction: str) -> None:
+    """One loss term per example (reduce): positions of an example add up before products are taken."""
+    torch.manual_seed(2)
+    shape, build = NORMS[norm]
+    x = torch.randn(6, *shape, dtype=torch.float64)
+    model = build()
+    outputs = model(x)
+    if loss == "mse":
+        loss_fn, y = nn.MSELoss(reduction=reduction), torch.randn_like(outputs)
+    else:
+        loss_fn, y = nn.CrossEntropyLoss(reduction=reduction), torch.randint(CLASSES, (6,))
+    exact = unit_blocks(model, loss_fn, x, y)
+    state = batch_factors(model, loss_fn, x, y, fisher="type2", sharing="reduce")["1.weight"]
+    assert state["F"].shape == exact.shape
+    assert relative_error(state["F"], exact) < TOLERANCE
+
+
+@pytest.mark.parametrize("norm", [norm for norm, (shape, _) in NORMS.items() if len(shape) == 1])
+def test_b2_rows_without_positions_have_the_same_blocks_for_expand(norm: str) -> None:
+    torch.manual_seed(5)
+    shape, build = NORMS[norm]
+    x, y = torch.randn(6, *shape, dtype=torch.float64), torch.randint(CLASSES, (6,))
+    model, loss_fn = build(), nn.CrossEntropyLoss()
+    model(x)
+    state = batch_factors(model, loss_fn, x, y, fisher="type2", sharing="expand")["1.weight"]
+    assert relative_error(state["F"], unit_blocks(model, loss_fn, x, y)) < TOLERANCE
+
+
+class SplitConcat(nn.Module):
+    """One weight applied to both halves of the input; every output depends on one of the two uses."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.shared = nn.Linear(3, 2, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=1)
+        return torch.cat([self.shared(left), self.shared(right)], dim=1)
+
+
+class Chain(nn.Module):
+    """One square weight applied twice in a row."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.shared = nn.Linear(6, 6, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(self.shared(x))
+
+
+class TiedConvolution(nn.Module):
+    """One convolution applied to two images of different size, each pooled into outputs of its own."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.shared = nn.Conv1d(1, 2, 2, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.shared(x[:, None, :2]), self.shared(x[:, None, 2:])
+        return torch.cat([left.flatten(1), right.flatten(1)], dim=1)
+
+
+def tied_errors(model: nn.Module, reduction: str) -> float:
+    x, loss_fn = torch.randn(8, 6, dtype=torch.float64), nn.MSELoss(reduction=reduction)
+    y = torch.randn_like(model(x))
+    state = batch_factors(model, loss_fn, x, y, fisher="type2", sharing="expand")["shared.weight"]
+    wanted = reference_factors(model, loss_fn, x, y, fisher="type2", sharing="expand")["shared.weight"]
+    assert relative_error(state["A"], wanted["A"]) < TOLERANCE
+    assert relative_error(state["G"], wanted["G"]) < TOLERANCE
+    bias = None if model.shared.bias is None else "shared.bias"
+    exact = weight_ggn(model, loss_fn, x, y, "shared.weight", bias)
+    return relative_error(kronecker_block(state["A"], state["G"]), exact)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", [SplitConcat, TiedConvolution])
+def test_b3_uses_of_one_weight_with_separate_losses_are_exact(
+    kind: type[nn.Module], reduction: str, bias: bool
+) -> None:
+    torch.manual_seed(3)
+    assert tied_errors(kind(bias=bias).double(), reduction) < TOLERANCE
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_b3_a_weight_applied_to_its_own_output_is_not_exact(bias: bool) -> None:
+    torch.manual_seed(4)
+    assert tied_errors(Chain(bias=bias).double(), "mean") > 1e-1

@@ -1,0 +1,373 @@
+"""The reports of a plan agree with each other, with the plan and with the saved text.
+
+`python tests/test_report.py --overwrite` saves the text anew after a change that is meant.
+"""
+
+import ast
+import dataclasses
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import kfac_fx
+from kfac_fx import report
+from kfac_fx.errors import Reason, UnknownNameError
+from kfac_fx.instrument import instrument
+from kfac_fx.report import rows, table, text
+from kfac_fx.report.program import WIDTH, wrapped
+from kfac_fx.target import load_target
+from kfac_fx.types import LayerMatch, Plan
+
+GOLDEN = Path(__file__).parent / "golden"
+COSTS = {"state": "bytes", "stats": "flops_statistics", "invert": "flops_refresh", "apply": "flops_apply"}
+
+
+def make_plan(factory: str = "build") -> Plan:
+    target = load_target(f"{GOLDEN / 'tiny_gpt.py'}:{factory}")
+    return kfac_fx.inspect(target.model, target.loss_fn, target.inputs, target.targets, method="kfac")
+
+
+def stable(rendered: str) -> str:
+    """Without the number of nodes, which is torch's own affair."""
+    return re.sub(r"[\d,]+ nodes captured", "N nodes captured", rendered) + "\n"
+
+
+def shown(plan: Plan, *, width: int = 200, terminal: bool = False, **options: Any) -> str:
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=terminal, color_system=None)
+    table.show(plan, console, **options)
+    return stream.getvalue()
+
+
+def parsed_rows(rendered: str) -> list[dict[str, str]]:
+    """The lines of the table as dicts by column, the last with the columns of the totals only."""
+    lines = rendered.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("layer "))
+    found = []
+    for line in lines[start + 1 :]:
+        values = re.split(r"\s{2,}", line)
+        if line.startswith("total"):
+            return [*found, dict(zip(("layer", "x", *COSTS), values, strict=True))]
+        found.append(dict(zip(text.COLUMNS, values, strict=False)))
+    raise AssertionError("the table has no totals")
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return make_plan()
+
+
+@pytest.fixture(scope="module")
+def document(plan: Plan) -> dict[str, Any]:
+    return json.loads(report.to_json(plan))
+
+
+def renamed(plan: Plan, names: list[str]) -> Plan:
+    """The plan with as many copies of its `blocks.0.out` as there are names, and nothing else."""
+    layer = next(match for match in plan.matched if match.name == "blocks.0.out")
+    factors = [factor for factor in plan.factors if factor.owner == layer.key]
+    layers = tuple(dataclasses.replace(layer, name=name, key=name) for name in names)
+    copies = tuple(dataclasses.replace(factor, owner=name) for name in names for factor in factors)
+    matches = dataclasses.replace(plan.matches, matched=layers)
+    return dataclasses.replace(plan, matches=matches, factors=copies)
+
+
+def labels(plan: Plan) -> list[str]:
+    return [row.label for row in rows.layer_rows(plan, plan.matched, collapse=True)]
+
+
+# --- the text ---
+
+
+def test_the_text_is_the_saved_one(plan: Plan) -> None:
+    assert stable(report.render(plan)) == (GOLDEN / "tiny_gpt.txt").read_text()
+
+
+def test_printing_a_plan_is_the_report(plan: Plan) -> None:
+    assert str(plan) == report.render(plan)
+
+
+def test_layers_are_in_forward_order(plan: Plan) -> None:
+    names = [match.name for match in rows.forward_order(plan)]
+    assert names[0] == "tokens" and names[-1] == "head"
+    assert names.index("filters") < names.index("blocks.0.q") < names.index("blocks.1.q")
+    assert set(names) == {match.name for match in plan.matched}
+
+
+def test_repeated_layers_share_a_row(plan: Plan) -> None:
+    by_label = {row["layer"]: row for row in parsed_rows(report.render(plan))}
+    assert by_label["blocks.[0-2].out"]["x"] == "3"
+    assert not any(label.startswith("blocks.0") for label in by_label)
+    assert by_label["total"]["x"] == str(len(plan.matched))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.0", "a.1", "a.2", "a.5"], ["a.[0-2,5]"]),
+        (["a.9", "a.10"], ["a.[9-10]"]),
+        (["a.0.w", "a.1.w", "b.2.w"], ["a.[0-1].w", "b.2.w"]),
+        (["a.0.0", "a.0.1", "a.1.0", "a.1.1"], ["a.0.[0-1]", "a.1.[0-1]"]),
+        (["a1", "a2"], ["a1", "a2"]),
+        (["a.0", "a.1.0"], ["a.0", "a.1.0"]),
+    ],
+)
+def test_only_one_integer_of_the_path_collapses(plan: Plan, names: list[str], expected: list[str]) -> None:
+    assert labels(renamed(plan, names)) == expected
+
+
+def change_rows(match: LayerMatch) -> LayerMatch:
+    return dataclasses.replace(match, rows=match.rows + 1)
+
+
+def change_source(match: LayerMatch) -> LayerMatch:
+    assert match.source is not None
+    return dataclasses.replace(match, source=dataclasses.replace(match.source, line=match.source.line + 1))
+
+
+def change_kind(match: LayerMatch) -> LayerMatch:
+    return dataclasses.replace(match, kind="other")
+
+
+@pytest.mark.parametrize("change", [change_rows, change_source, change_kind])
+def test_layers_that_differ_in_a_fact_keep_their_own_rows(plan: Plan, change: Any) -> None:
+    copies = renamed(plan, ["a.0", "a.1"])
+    first, second = copies.matched
+    matches = dataclasses.replace(copies.matches, matched=(first, change(second)))
+    assert labels(dataclasses.replace(copies, matches=matches)) == ["a.0", "a.1"]
+
+
+def test_parts_of_one_module_go_by_their_keys(plan: Plan) -> None:
+    copies = renamed(plan, ["attention.q", "attention.k"])
+    same = tuple(dataclasses.replace(match, name="attention") for match in copies.matched)
+    matches = dataclasses.replace(copies.matches, matched=same)
+    assert labels(dataclasses.replace(copies, matches=matches)) == ["attention.q", "attention.k"]
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(0, "0"), (999, "999"), (1000, "1.0K"), (999_940, "999.9K"), (999_960, "1.0M")]
+)
+def test_operations_are_counted_in_thousands(number: int, expected: str) -> None:
+    assert text.flops_text(number) == expected
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1023, "1023"), (1024, "1.0K"), (3 * 2**30, "3.0G")])
+def test_bytes_are_counted_in_powers_of_two(number: int, expected: str) -> None:
+    assert text.bytes_text(number) == expected
+
+
+# --- text, terminal and JSON agree ---
+
+
+def test_columns_add_up_to_the_totals(document: dict[str, Any]) -> None:
+    for cost in COSTS.values():
+        assert (
+            sum(layer["cost"][cost] for layer in document["layers"]) == document["totals"]["cost"][cost] > 0
+        )
+
+
+def test_the_numbers_of_the_text_are_those_of_the_document(plan: Plan, document: dict[str, Any]) -> None:
+    *layers, total = parsed_rows(report.render(plan))
+    by_name = {layer["name"]: layer for layer in document["layers"]}
+    for row in layers:
+        layer = by_name[re.sub(r"\[(\d+)[^\]]*\]", r"\1", row["layer"])]
+        assert row["rows"] == str(layer["rows"]) and row["uses"] == str(len(layer["uses"]))
+        for column, cost in COSTS.items():
+            form = text.bytes_text if column == "state" else text.flops_text
+            assert row[column] == form(layer["cost"][cost])
+    for column, cost in COSTS.items():
+        form = text.bytes_text if column == "state" else text.flops_text
+        assert total[column] == form(document["totals"]["cost"][cost])
+
+
+def test_output_to_a_pipe_is_the_text(plan: Plan) -> None:
+    assert shown(plan, width=20) == report.render(plan) + "\n"
+
+
+def test_every_trainable_element_is_matched_or_skipped(document: dict[str, Any]) -> None:
+    parameters = document["totals"]["parameters"]
+    assert parameters["matched"] + parameters["skipped"] == parameters["trainable"]
+    assert document["totals"]["coverage"] == parameters["matched"] / parameters["trainable"]
+
+
+def test_a_shared_factor_is_counted_once(plan: Plan) -> None:
+    borrowed = [factor for factor in plan.factors if factor.shared_with]
+    assert len(borrowed) == 6, "k and v of three blocks read what q reads"
+    sums = rows.totals(plan).cost
+    assert sums.state_bytes == sum(factor.bytes for factor in plan.factors if not factor.shared_with)
+    assert sums.apply == sum(factor.flops_apply for factor in plan.factors)
+    assert text.SHARED_NOTE in report.render(plan)
+
+
+def test_the_cost_line_adds_up(plan: Plan, document: dict[str, Any]) -> None:
+    overhead, cost = document["totals"]["overhead"], document["totals"]["cost"]
+    assert overhead["total"] == pytest.approx(sum(overhead[p] for p in ("apply", "statistics", "inversion")))
+    every, model = plan.method.inverse_every, document["totals"]["flops_model"]
+    assert overhead["inversion"] == pytest.approx(cost["flops_refresh"] / every / model)
+    line = report.render(plan).splitlines()[-1]
+    assert line.startswith(f"per step  model {text.flops_text(model)}   apply")
+    assert f"every {every}" in line and line.endswith(f"total +{overhead['total']:.0%}")
+
+
+def test_a_model_without_counted_work_has_no_percentages(plan: Plan) -> None:
+    line = report.render(dataclasses.replace(plan, model_flops=0)).splitlines()[-1]
+    assert "%" not in line and line.startswith("per step  model 0")
+
+
+# --- skipped parameters ---
+
+
+def test_every_skip_is_in_text_and_document_with_its_reason(plan: Plan, document: dict[str, Any]) -> None:
+    reasons = {skip["parameter"]: skip["reason"] for skip in document["skips"]}
+    assert reasons["spare"] == "unused" and reasons["head.bias"] == "frozen"
+    rendered = report.render(plan)
+    for name, reason in reasons.items():
+        assert re.search(rf"^  {re.escape(name)} .*{reason}", rendered, flags=re.M)
+
+
+def test_frozen_parameters_count_apart(plan: Plan, document: dict[str, Any]) -> None:
+    assert document["totals"]["tensors"]["frozen"] == 1
+    assert document["totals"]["tensors"]["skipped"] == len(plan.skipped) - 1
+    assert "frozen  1 tensor" in report.render(plan)
+
+
+def test_skipped_prints_what_to_do(plan: Plan) -> None:
+    advised = shown(plan, skipped=True)
+    for skip in plan.skipped:
+        assert f"-> {skip.advice}" in advised and skip.advice not in shown(plan)
+
+
+def test_skips_that_differ_in_numbers_share_a_line(plan: Plan) -> None:
+    skip = plan.skipped[0]
+    many = [
+        dataclasses.replace(skip, parameter=f"blocks.{i}.norm{j}.scale", reason=Reason.NO_PATTERN, detail="x")
+        for i in range(2)
+        for j in range(2)
+    ]
+    only = dataclasses.replace(skip, parameter="blocks.1.other", reason=Reason.NO_PATTERN, detail="x")
+    lines = text.skip_lines([*many, only], advice=False)
+    assert [line.split()[:2] for line in lines] == [
+        ["blocks.*.norm*.scale", "x4"],
+        ["blocks.1.other", "no-pattern"],
+    ]
+
+
+# --- one layer, and the terminal ---
+
+
+def test_a_layer_pattern_shows_only_those_and_not_collapsed(plan: Plan) -> None:
+    only = shown(plan, layer="blocks.*.out")
+    assert [row["layer"] for row in parsed_rows(only)] == [*(f"blocks.{i}.out" for i in range(3)), "total"]
+    assert text.SKIPPED_TITLE not in only
+
+
+def test_a_layer_pattern_may_name_a_skipped_parameter(plan: Plan) -> None:
+    assert "spare" in shown(plan, layer="spare") and "layer " not in shown(plan, layer="spare")
+
+
+def test_a_pattern_that_fits_nothing_gets_a_proposal(plan: Plan) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'filters'"):
+        shown(plan, layer="filter")
+
+
+def test_columns_are_cut_in_order(plan: Plan) -> None:
+    cells = text.layer_cells(plan, rows.forward_order(plan), collapse=True)
+    natural = text.natural_widths(cells)
+    full = sum(natural.values()) + len(text.GAP) * (len(natural) - 1)
+    dropped = []
+    for width in range(full, 0, -1):
+        fits = table.fitting_columns(cells, width=width)
+        dropped += [name for name in natural if name not in fits and name not in dropped]
+        if set(dropped) != {"source", "apply", "invert"}:
+            assert sum(fits.values()) + len(text.GAP) * (len(fits) - 1) <= width
+    assert dropped == ["source", "apply", "invert"]
+
+
+def test_a_narrow_terminal_gets_whole_lines(plan: Plan) -> None:
+    lines = shown(plan, width=90, terminal=True).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("layer "))
+    assert all(len(line) <= 90 for line in lines[start : start + 8])
+
+
+# --- the document ---
+
+
+def test_the_document_is_plain_sorted_and_free_of_paths(plan: Plan) -> None:
+    written = report.to_json(plan)
+    content = json.loads(written)
+    assert content == report.document(plan) and content["schema"] == "kfac_fx.report/1"
+    assert written == json.dumps(content, indent=2, sort_keys=True)
+    assert list(report.document(plan)) == sorted(report.document(plan))
+    assert str(GOLDEN) not in written
+
+
+def test_the_document_names_settings_and_loss(plan: Plan, document: dict[str, Any]) -> None:
+    assert document["method"] == {"name": "kfac", "hyperparameters": dataclasses.asdict(plan.method)}
+    assert (document["fisher"], document["sharing"]) == ("empirical", "expand")
+    assert document["loss"]["kind"] == "cross_entropy" and document["model"] == "TinyGPT"
+
+
+def test_the_nodes_of_a_use_are_in_the_captured_program(plan: Plan, document: dict[str, Any]) -> None:
+    program = report.readable(plan.capture.graph, title="captured")
+    for layer in document["layers"]:
+        for use in layer["uses"]:
+            for node in [use["a"], use["grad"], *use["g"]]:
+                assert node is None or re.search(rf"\b{node}\b", program)
+
+
+# --- the programs ---
+
+
+def programs(plan: Plan) -> dict[str, Any]:
+    variants = {name: instrument(plan, name).module for name in ("plain", "statistics")}
+    return {"captured": plan.capture.graph, **variants}
+
+
+@pytest.mark.parametrize("name", ["captured", "plain", "statistics"])
+def test_a_program_is_python_of_all_nodes_without_paths(plan: Plan, name: str) -> None:
+    module = programs(plan)[name]
+    program = report.readable(module, title=f"TinyGPT: {name}")
+    names = {n.id for n in ast.walk(ast.parse(program)) if isinstance(n, ast.Name)}
+    assert {n.name for n in module.graph.nodes if n.op == "call_function"} <= names
+    assert program.startswith(f"# TinyGPT: {name}\n# {len(module.graph.nodes)} nodes\n")
+    assert str(GOLDEN) not in program and "site-packages" not in program and " = None" not in program
+    assert "# tiny_gpt.py:" in program and "q = self.q(normed)" in program
+
+
+def test_programs_of_the_step_carry_our_labels(plan: Plan) -> None:
+    program = report.readable(programs(plan)["statistics"], title="statistics")
+    marked = [line for line in program.splitlines() if line.lstrip().startswith("# kfac_fx: ")]
+    assert any("blocks.0.q" in line for line in marked) and any("head" in line for line in marked)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"    x = f({', '.join(f'argument_{i}' for i in range(40))})",
+        f"    return [{', '.join(f'gradient_{i}' for i in range(40))}]",
+        f'    y: "f32[2, 3]" = torch.ops.{"a" * 80}.default({"b" * 40}, {"c" * 40})',
+        f"    z = f('{'one, two, ' * 9}', [1, 2], {', '.join('x' for _ in range(30))})",
+    ],
+)
+def test_a_wrapped_line_is_the_same_python(line: str) -> None:
+    pieces = wrapped(line)
+    assert len(pieces) > 1 and all(len(piece) <= WIDTH for piece in pieces)
+    assert ast.dump(parse(" ".join(pieces))) == ast.dump(parse(line)) == ast.dump(parse("\n".join(pieces)))
+
+
+def parse(line: str) -> ast.Module:
+    return ast.parse(f"def f():\n{line}")
+
+
+def test_a_line_without_a_bracket_stays_whole() -> None:
+    assert wrapped("x = " + "y" * 200) == ["x = " + "y" * 200]
+
+
+if __name__ == "__main__" and "--overwrite" in sys.argv:
+    (GOLDEN / "tiny_gpt.txt").write_text(stable(report.render(make_plan())))
