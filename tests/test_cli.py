@@ -77,9 +77,18 @@ def test_layer_and_skipped_narrow_and_widen_the_report() -> None:
     assert "-> the loss does not depend on it" in run("inspect", TARGET, "--skipped").stdout
 
 
-@pytest.mark.parametrize("options", [[], ["--no-color"]])
-def test_output_that_is_no_terminal_has_no_colour(options: list[str]) -> None:
-    assert "\x1b[" not in run("inspect", TARGET, *options).stdout
+def test_output_that_is_no_terminal_has_no_colour() -> None:
+    assert "\x1b[" not in run("inspect", COVERED).stdout
+
+
+def test_a_terminal_gets_colour_unless_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[" in run("methods").stdout
+    assert "\x1b[" not in run("methods", "--no-color").stdout
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[" not in run("methods").stdout
 
 
 def test_transform_writes_the_folder_and_says_so(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from torch.fx import GraphModule
 
 import kfac_fx
 from kfac_fx import report
@@ -324,14 +325,15 @@ def test_the_nodes_of_a_use_are_in_the_captured_program(plan: Plan, document: di
 # --- the programs ---
 
 
-def programs(plan: Plan) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def programs(plan: Plan) -> dict[str, GraphModule]:
     variants = {name: instrument(plan, name).module for name in ("plain", "statistics")}
     return {"captured": plan.capture.graph, **variants}
 
 
 @pytest.mark.parametrize("name", ["captured", "plain", "statistics"])
-def test_a_program_is_python_of_all_nodes_without_paths(plan: Plan, name: str) -> None:
-    module = programs(plan)[name]
+def test_a_program_is_python_of_all_nodes_without_paths(programs: dict[str, GraphModule], name: str) -> None:
+    module = programs[name]
     program = report.readable(module, title=f"TinyGPT: {name}")
     names = {n.id for n in ast.walk(ast.parse(program)) if isinstance(n, ast.Name)}
     assert {n.name for n in module.graph.nodes if n.op == "call_function"} <= names
@@ -340,8 +342,8 @@ def test_a_program_is_python_of_all_nodes_without_paths(plan: Plan, name: str) -
     assert "# tiny_gpt.py:" in program and "q = self.q(normed)" in program
 
 
-def test_programs_of_the_step_carry_our_labels(plan: Plan) -> None:
-    program = report.readable(programs(plan)["statistics"], title="statistics")
+def test_programs_of_the_step_carry_our_labels(programs: dict[str, GraphModule]) -> None:
+    program = report.readable(programs["statistics"], title="statistics")
     marked = [line for line in program.splitlines() if line.lstrip().startswith("# kfac_fx: ")]
     assert any("blocks.0.q" in line for line in marked) and any("head" in line for line in marked)
 
@@ -351,7 +353,7 @@ def test_programs_of_the_step_carry_our_labels(plan: Plan) -> None:
     [
         f"    x = f({', '.join(f'argument_{i}' for i in range(40))})",
         f"    return [{', '.join(f'gradient_{i}' for i in range(40))}]",
-        f'    y: "f32[2, 3]" = torch.ops.{"a" * 80}.default({"b" * 40}, {"c" * 40})',
+        f'    y: "f32[2, 3]" = torch.ops.{"a" * 60}.default({"b" * 40}, {"c" * 40})',
         f"    z = f('{'one, two, ' * 9}', [1, 2], {', '.join('x' for _ in range(30))})",
     ],
 )

@@ -12,13 +12,13 @@ METHODS: dict[str, type[Any]] = {"kfac": KFAC}
 
 
 def resolve(method: str | Method) -> Method:
-    """An instance as it is; a name as the method with its defaults. Raises `UnknownNameError` with the nearest name."""
+    """Any object with the functions of `Method` as it is; a name as that method with its defaults. Raises `UnknownNameError` with the nearest name."""
     if isinstance(method, str):
         check_choice("method", method, METHODS)
         return METHODS[method]()
-    if not isinstance(method, tuple(METHODS.values())):
-        known = ", ".join(cls.__name__ for cls in METHODS.values())
-        raise UnknownNameError(f"method={method!r} is neither a name nor an instance of one of: {known}.")
+    if isinstance(method, type) or not isinstance(method, Method):
+        known = ", ".join(f"{cls.__name__}(...)" for cls in METHODS.values())
+        raise UnknownNameError(f"method={method!r} is neither a name nor a method such as {known}.")
     return method
 
 

@@ -7,6 +7,7 @@ is never cut.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,8 @@ _WIDTH_OF_A_PIPE = 200
 
 def make_console(*, no_color: bool = False) -> Console:
     """A console on stdout; plain when asked, when `NO_COLOR` is set and when stdout is no terminal."""
-    console = Console(no_color=no_color or None, highlight=False)
+    plain = no_color or bool(os.environ.get("NO_COLOR"))
+    console = Console(color_system=None if plain else "auto", highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH_OF_A_PIPE
     return console
