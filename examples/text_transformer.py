@@ -1,4 +1,4 @@
-"""A small causal transformer on the help texts of Python, byte by byte: `python examples/text_transformer.py`.
+"""A small causal transformer on Python's help texts, byte by byte: `python examples/text_transformer.py`.
 
 Fused qkv, LayerNorm, embeddings. As a TARGET: `kfac-fx inspect examples/text_transformer.py`.
 """

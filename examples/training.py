@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import kfac_fx
 
@@ -83,12 +83,10 @@ def split(inputs: Tensor, targets: Tensor, *, num_test: int) -> tuple[Split, Spl
 
 def loader(data: Split, *, batch_size: int, seed: int) -> DataLoader[tuple[Tensor, ...]]:
     """Shuffled batches that visit every example once an epoch; the last batch may be smaller."""
-    return DataLoader(
-        TensorDataset(data.inputs, data.targets),
-        batch_size=batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    examples = TensorDataset(data.inputs, data.targets)
+    order = RandomSampler(examples, generator=torch.Generator().manual_seed(seed))
+    # The sampler yields whole batches: one indexing operation each, where collating would copy every example.
+    return DataLoader(examples, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
 
 
 def seeded(model: Callable[[], nn.Module], *, seed: int) -> nn.Module:

@@ -230,7 +230,8 @@ def _slopes(loss: Tensor, calls: list[LossCall]) -> list[tuple[LossCall, Tensor]
 def _inverse_scale(inverses: list[Tensor], loss: Tensor, batch: Batch) -> Tensor:
     """1/R_ of the whole loss; of an unknown loss N, as for a mean over the batch."""
     if inverses:
-        return torch.stack([value.to(torch.promote_types(loss.dtype, torch.float32)) for value in inverses]).mean()
+        wide = [value.to(torch.promote_types(loss.dtype, torch.float32)) for value in inverses]
+        return wide[0] if len(wide) == 1 else torch.stack(wide).mean()
     size = float(num_examples(batch))
     return torch.full((), size, dtype=torch.promote_types(loss.dtype, torch.float32), device=loss.device)
 

@@ -77,7 +77,7 @@ def frequencies(indices: Sequence[Tensor], *, size: int, padding_idx: int, dtype
     methods.md 9.3; the padding index counts as a zero vector.
     """
     total = sum(index.numel() for index in indices)
-    counts = torch.zeros(size, dtype=dtype, device=indices[0].device)
+    counts = indices[0].new_zeros(size, dtype=dtype)
     for index in indices:
         flat = index.reshape(-1)
         counts = counts.index_add(0, flat, (flat != padding_idx).to(dtype))
@@ -149,9 +149,10 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
 def _moment(rows: Tensor, *, bias: float | None) -> Tensor:
     """Sum of row^T row: [groups, N, T, d] -> [groups, d(+1), d(+1)]; bias: the value of the extra coordinate."""
     flat = rows.reshape(rows.shape[0], -1, rows.shape[-1])
-    gram = flat.mT @ flat
+    gram = (flat[0].mT @ flat[0]).unsqueeze(0) if flat.shape[0] == 1 else flat.mT @ flat
     if bias is None:
         return gram
-    column = flat.sum(1).unsqueeze(-1) * bias
+    column = flat.sum(1).unsqueeze(-1)
+    column = column if bias == 1.0 else column * bias
     corner = torch.full_like(column[:, :1], flat.shape[1] * bias * bias)
     return torch.cat([torch.cat([gram, column], 2), torch.cat([column.mT, corner], 2)], 1)

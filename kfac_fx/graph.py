@@ -261,7 +261,8 @@ def splice(
     """
     graph = module.graph
     values = [value(node) for node in arguments]
-    traced = make_fx(lambda *tensors: tuple(function(*tensors)))(*values)
+    with fake_mode(graph):
+        traced = make_fx(lambda *tensors: tuple(function(*tensors)))(*values)
     inner = traced.graph
     inner.eliminate_dead_code()
     assert not any(is_mutation(node) for node in inner.nodes), "spliced functions must not work in place"

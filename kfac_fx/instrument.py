@@ -104,11 +104,12 @@ class _Writer:
         )
 
     def _effects(self) -> frozenset[Node]:
-        """In-place updates and random draws of the training pass; those of the Fisher's passes only if they are used."""
+        """In-place updates and random draws of the training pass; of the Fisher's passes no draw that nobody reads."""
         keep, seen_end = set(), False
         last = _last_training_node(self.plan)
+        collects = self.variant in ("statistics", "batch_statistics")
         for node in self.plan.capture.graph.graph.nodes:
-            if not seen_end and fxgraph.has_effect(node):
+            if fxgraph.has_effect(node) and (not seen_end or (collects and fxgraph.is_mutation(node))):
                 keep.add(self.map[node])
             seen_end = seen_end or node is last
         return frozenset(keep)

@@ -209,10 +209,11 @@ def root_cotangents(call: LossCall, weights: Tensor | None) -> Iterator[Tensor]:
     batched = positions.dim() > 1
     inner = positions.shape[1:-1] if batched else positions.shape[:-1]
     for position in range(math.prod(inner)):
-        mask = torch.zeros(math.prod(inner), dtype=f.dtype, device=f.device)
-        mask[position] = 1.0
+        mask = (torch.arange(math.prod(inner), device=f.device) == position).to(f.dtype)
         for c in range(classes):
-            column = _root_column(call.kind, positions, c) * mask.reshape(*inner, 1)
+            column = _root_column(call.kind, positions, c)
+            if math.prod(inner) > 1:
+                column = column * mask.reshape(*inner, 1)
             yield _weighted(call, column.movedim(-1, class_dim), weights)
 
 

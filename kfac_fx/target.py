@@ -7,6 +7,7 @@ user's code runs with its folder first on `sys.path`, and only while it is loade
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -75,10 +76,10 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        nearby = sorted(entry.name for entry in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, nearby) if nearby else ""
+        near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.glob("*.py")], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
         what = "is a folder; name a file in it" if path.is_dir() else "does not exist"
-        raise TargetError(f"{path} {what}.{hint}")
+        raise TargetError(f"{path} {what}.{hint} {_FORMS}")
     name = f"kfac_fx_target_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -5,7 +5,6 @@ Jacobians, layer rows gathered by index, Kronecker factors from hooks. Nothing h
 Vectors of a weight are row-major over [d_out, d_in (+1)], with the bias as the last column.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -158,13 +157,16 @@ def conv_patches(module: nn.Module, x: Tensor) -> Tensor:
         )
         index.append(one)
         real.append(inside)
-    rows = []
-    for position in itertools.product(*[range(len(one)) for one in index]):
-        grids = torch.meshgrid(*[one[t] for one, t in zip(index, position, strict=True)], indexing="ij")
-        masks = torch.meshgrid(*[one[t] for one, t in zip(real, position, strict=True)], indexing="ij")
-        mask = torch.stack(masks).all(0)
-        rows.append((x[(slice(None), slice(None), *grids)] * mask).flatten(2))
-    return torch.stack(rows, dim=1)
+    rank = len(index)
+    shapes = []
+    for axis, one in enumerate(index):
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = one.shape
+        shapes.append(shape)
+    entries = [one.view(shape) for one, shape in zip(index, shapes, strict=True)]
+    masks = [one.view(shape) for one, shape in zip(real, shapes, strict=True)]
+    patches = x[(slice(None), slice(None), *entries)] * math.prod(masks[1:], start=masks[0])
+    return patches.flatten(2 + rank).flatten(2, 1 + rank).transpose(1, 2)
 
 
 def append_one(rows: Tensor) -> Tensor:

@@ -40,30 +40,28 @@ def test_inspect_prints_the_report() -> None:
 
 
 def test_options_reach_the_library() -> None:
-    result = run(
-        "inspect", TARGET, "--fisher", "type2", "--sharing", "reduce", "--exclude", "head*", "--json"
-    )
-    content = json.loads(result.stdout)
+    options = ("--fisher", "type2", "--sharing", "reduce", "--exclude", "2.*", "--json")
+    content = json.loads(run("inspect", COVERED, *options).stdout)
     assert (content["fisher"], content["sharing"]) == ("type2", "reduce")
     reasons = {skip["parameter"]: skip["reason"] for skip in content["skips"]}
-    assert reasons["head.weight"] == "excluded"
+    assert reasons["2.weight"] == "excluded"
 
 
 def test_json_is_all_of_stdout_even_if_the_target_prints(tmp_path: Path) -> None:
     noisy = tmp_path / "noisy.py"
     noisy.write_text("print('loading')\n" + Path(TARGET).read_text())
-    result = run("inspect", str(noisy), "--json")
+    result = run("inspect", f"{noisy}:build_covered", "--json")
     assert json.loads(result.stdout)["schema"] == "kfac_fx.report/1"
     assert "loading" in result.stderr
 
 
 def test_json_says_that_it_ignores_the_layer_option() -> None:
-    assert "no effect" in run("inspect", TARGET, "--json", "--layer", "head").stderr
+    assert "no effect" in run("inspect", COVERED, "--json", "--layer", "2").stderr
 
 
 def test_strict_ends_with_2_if_something_trainable_is_skipped() -> None:
     assert run("inspect", TARGET, "--strict").exit_code == 2
-    assert run("inspect", TARGET, "--strict", "--json").exit_code == 2
+    assert run("inspect", COVERED, "--strict", "--json", "--exclude", "2.weight").exit_code == 2
 
 
 def test_strict_does_not_count_frozen_parameters() -> None:
@@ -123,20 +121,20 @@ def test_methods_lists_every_method_with_its_schedule() -> None:
 
 
 def test_an_unknown_method_gets_a_proposal() -> None:
-    assert "Did you mean 'kfac'?" in error_of("inspect", TARGET, "--method", "kfca")
+    assert "Did you mean 'kfac'?" in error_of("inspect", COVERED, "--method", "kfca")
 
 
 @pytest.mark.parametrize("option", ["--fisher", "--sharing"])
 def test_an_unknown_setting_is_an_error(option: str) -> None:
-    assert "'nonsense' does not exist" in error_of("inspect", TARGET, option, "nonsense")
+    assert "'nonsense' does not exist" in error_of("inspect", COVERED, option, "nonsense")
 
 
 def test_an_unknown_layer_pattern_is_an_error() -> None:
-    assert "Did you mean 'filters'?" in error_of("inspect", TARGET, "--layer", "filter")
+    assert "no layer or parameter fits 'encoder.*'" in error_of("inspect", COVERED, "--layer", "encoder.*")
 
 
 def test_an_exclude_pattern_that_fits_nothing_is_an_error() -> None:
-    assert "nothing_like_this" in error_of("inspect", TARGET, "--exclude", "nothing_like_this")
+    assert "nothing_like_this" in error_of("inspect", COVERED, "--exclude", "nothing_like_this")
 
 
 def test_a_missing_target_is_an_error() -> None:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import kfac_fx
-from tests.helpers import batch_factors, gradients, parameter_change
+from tests.equivalents import Branches
+from tests.helpers import batch_factors, gradients, one_step
 from tests.oracles import (
     kronecker_block,
     parameters_ggn,
@@ -14,7 +15,7 @@ from tests.oracles import (
     weight_ggn,
 )
 
-VOCABULARY, WIDTH, CLASSES = 7, 3, 4
+VOCABULARY, WIDTH, CLASSES = 7, 3, 2
 TOLERANCE = 1e-10
 
 
@@ -66,14 +67,13 @@ def test_b1_embedding_factors_are_word_frequencies_and_those_of_one_hot_rows(fis
     assert relative_error(state["G"], dense["G"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("fisher", ["type2", "empirical"])
-@pytest.mark.parametrize("pi", [True, False])
+@pytest.mark.parametrize(("pi", "fisher"), [(True, "type2"), (False, "empirical")])
 def test_emb2_row_formula_equals_the_dense_solve(pi: bool, fisher: str) -> None:
     tokens, y = sentences()
     words, loss_fn = Words().double(), nn.CrossEntropyLoss()
     method = kfac_fx.KFAC(damping=1e-2, kl_clip=None, pi=pi)
-    change = parameter_change(words, loss_fn, tokens, y, method=method, fisher=fisher)["embedding.weight"]
-    state = batch_factors(words, loss_fn, tokens, y, fisher=fisher, sharing="expand")["embedding.weight"]
+    result = one_step(words, loss_fn, tokens, y, method=method, fisher=fisher)
+    state, change = result.curvature["embedding.weight"], result.change["embedding.weight"]
     A, G = torch.diag(state["A"]), state["G"][0]
     ratio = ((A.trace() / VOCABULARY) / (G.trace() / WIDTH)).sqrt() if pi else torch.tensor(1.0).double()
     A_damped = A + 0.1 * ratio * torch.eye(VOCABULARY, dtype=torch.float64)
@@ -89,72 +89,66 @@ def test_padding_word_is_not_counted_and_not_updated() -> None:
     tokens, y = sentences()
     words, loss_fn = Words(padding_idx=2).double(), nn.CrossEntropyLoss()
     assert (tokens == 2).any()
-    state = batch_factors(words, loss_fn, tokens, y, fisher="type2", sharing="expand")["embedding.weight"]
-    change = parameter_change(words, loss_fn, tokens, y, method=kfac_fx.KFAC(), fisher="type2")
+    result = one_step(words, loss_fn, tokens, y, method=kfac_fx.KFAC(), fisher="empirical")
+    frequencies = result.curvature["embedding.weight"]["A"]
     counts = torch.bincount(tokens[tokens != 2], minlength=VOCABULARY).double()
-    assert relative_error(state["A"] / state["A"].sum(), counts / counts.sum()) < TOLERANCE
-    assert torch.equal(change["embedding.weight"][2], torch.zeros(WIDTH, dtype=torch.float64))
+    assert relative_error(frequencies / frequencies.sum(), counts / counts.sum()) < TOLERANCE
+    assert torch.equal(result.change["embedding.weight"][2], torch.zeros(WIDTH, dtype=torch.float64))
 
 
-def normalised(norm: nn.Module, *before: nn.Module) -> nn.Module:
-    """A smooth classifier around one normalisation with random scale and shift."""
-    model = nn.Sequential(*before, norm, nn.Tanh(), nn.Flatten(), nn.LazyLinear(CLASSES)).double()
-    with torch.no_grad():
-        for parameter in norm.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-NORMS = {
-    "layer norm": ((6,), lambda: normalised(nn.LayerNorm(6), nn.Linear(6, 6))),
-    "layer norm without shift": ((6,), lambda: normalised(nn.LayerNorm(6, bias=False), nn.Linear(6, 6))),
-    "layer norm of tokens": ((3, 4), lambda: normalised(nn.LayerNorm(4), nn.Linear(4, 4))),
-    "rms norm": ((6,), lambda: normalised(nn.RMSNorm(6), nn.Linear(6, 6))),
-    "batch norm of rows": ((6,), lambda: normalised(nn.BatchNorm1d(6), nn.Linear(6, 6))),
-    "batch norm of images": ((2, 4, 4), lambda: normalised(nn.BatchNorm2d(4), nn.Conv2d(2, 4, 3))),
-    "batch norm in eval mode": ((2, 4, 4), lambda: normalised(nn.BatchNorm2d(4), nn.Conv2d(2, 4, 3)).eval()),
-    "group norm": ((2, 4, 4), lambda: normalised(nn.GroupNorm(2, 4), nn.Conv2d(2, 4, 3))),
-    "group norm of rows": ((6,), lambda: normalised(nn.GroupNorm(3, 6), nn.Linear(6, 6))),
+ROWS = {
+    "layer norm": lambda: [nn.Linear(6, 6), nn.LayerNorm(6)],
+    "layer norm without shift": lambda: [nn.Linear(6, 5), nn.LayerNorm(5, bias=False)],
+    "rms norm": lambda: [nn.Linear(6, 6), nn.RMSNorm(6)],
+    "batch norm": lambda: [nn.Linear(6, 5), nn.BatchNorm1d(5)],
+    "group norm": lambda: [nn.Linear(6, 6), nn.GroupNorm(3, 6)],
 }
+IMAGES = {
+    "batch norm": lambda: [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)],
+    "batch norm in eval mode": lambda: [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4).eval()],
+    "group norm": lambda: [nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4)],
+    "layer norm of whole images": lambda: [nn.Conv2d(2, 2, 3), nn.LayerNorm((2, 2, 2))],
+}
+TOKENS = {
+    "layer norm": lambda: [nn.Linear(4, 4), nn.LayerNorm(4)],
+    "rms norm": lambda: [nn.Linear(4, 3), nn.RMSNorm(3)],
+}
+NORMS = {"rows": (ROWS, (6,)), "images": (IMAGES, (2, 4, 4)), "tokens": (TOKENS, (3, 4))}
 
 
-def unit_blocks(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Exact sub-blocks [channels, k, k] of (scale_c, shift_c) of the second module."""
-    names = [f"1.{kind}" for kind, _ in model[1].named_parameters()]
-    whole = parameters_ggn(model, loss_fn, x, y, names)
-    channels = model[1].weight.numel()
-    return torch.stack([whole[c::channels, c::channels] for c in range(channels)])
+def assert_unit_blocks_are_exact(kind: str, loss_fn: nn.Module, *, sharing: str) -> None:
+    """F of every norm against the sub-blocks of (scale_c, shift_c) of the exact matrix."""
+    torch.manual_seed(2)
+    builders, shape = NORMS[kind]
+    x = torch.randn(6, *shape, dtype=torch.float64)
+    model = Branches([nn.Sequential(*build()).double() for build in builders.values()], x)
+    outputs = model(x)
+    squared = isinstance(loss_fn, nn.MSELoss)
+    y = torch.randn_like(outputs) if squared else torch.randint(outputs.shape[1], (6,))
+    norms = {f"layers.{index}.1": layer[1] for index, layer in enumerate(model.layers)}
+    with torch.no_grad():
+        for parameter in [p for norm in norms.values() for p in norm.parameters()]:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    curvature = batch_factors(model, loss_fn, x, y, fisher="type2", sharing=sharing)
+    for name, norm in norms.items():
+        names = [f"{name}.{kind}" for kind, _ in norm.named_parameters()]
+        whole, channels = parameters_ggn(model, loss_fn, x, y, names), norm.weight.numel()
+        exact = torch.stack([whole[c::channels, c::channels] for c in range(channels)])
+        assert relative_error(curvature[f"{name}.weight"]["F"], exact) < TOLERANCE, norm
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("loss", ["cross-entropy", "mse"])
-@pytest.mark.parametrize("norm", NORMS)
-def test_b2_unit_blocks_of_a_norm_are_exact_for_any_network(norm: str, loss: str, reduction: str) -> None:
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.MSELoss])
+@pytest.mark.parametrize("kind", NORMS)
+def test_b2_unit_blocks_of_norms_are_exact_for_any_network(
+    kind: str, loss: type[nn.Module], reduction: str
+) -> None:
     """One loss term per example (reduce): positions of an example add up before products are taken."""
-    torch.manual_seed(2)
-    shape, build = NORMS[norm]
-    x = torch.randn(6, *shape, dtype=torch.float64)
-    model = build()
-    outputs = model(x)
-    if loss == "mse":
-        loss_fn, y = nn.MSELoss(reduction=reduction), torch.randn_like(outputs)
-    else:
-        loss_fn, y = nn.CrossEntropyLoss(reduction=reduction), torch.randint(CLASSES, (6,))
-    exact = unit_blocks(model, loss_fn, x, y)
-    state = batch_factors(model, loss_fn, x, y, fisher="type2", sharing="reduce")["1.weight"]
-    assert state["F"].shape == exact.shape
-    assert relative_error(state["F"], exact) < TOLERANCE
+    assert_unit_blocks_are_exact(kind, loss(reduction=reduction), sharing="reduce")
 
 
-@pytest.mark.parametrize("norm", [norm for norm, (shape, _) in NORMS.items() if len(shape) == 1])
-def test_b2_rows_without_positions_have_the_same_blocks_for_expand(norm: str) -> None:
-    torch.manual_seed(5)
-    shape, build = NORMS[norm]
-    x, y = torch.randn(6, *shape, dtype=torch.float64), torch.randint(CLASSES, (6,))
-    model, loss_fn = build(), nn.CrossEntropyLoss()
-    model(x)
-    state = batch_factors(model, loss_fn, x, y, fisher="type2", sharing="expand")["1.weight"]
-    assert relative_error(state["F"], unit_blocks(model, loss_fn, x, y)) < TOLERANCE
+def test_b2_rows_without_positions_have_the_same_blocks_for_expand() -> None:
+    assert_unit_blocks_are_exact("rows", nn.CrossEntropyLoss(), sharing="expand")
 
 
 class SplitConcat(nn.Module):
@@ -204,8 +198,7 @@ def tied_errors(model: nn.Module, reduction: str) -> float:
     return relative_error(kronecker_block(state["A"], state["G"]), exact)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("reduction", "bias"), [("mean", True), ("sum", False)])
 @pytest.mark.parametrize("kind", [SplitConcat, TiedConvolution])
 def test_b3_uses_of_one_weight_with_separate_losses_are_exact(
     kind: type[nn.Module], reduction: str, bias: bool

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import kfac_fx
-from tests.helpers import batch_factors, gradients, parameter_change
+from tests.helpers import batch_factors, factor_reader, gradients, one_step
 from tests.oracles import (
     example_hessians,
     hessian_root,
@@ -80,21 +80,6 @@ def block_errors(
     return errors
 
 
-def mc_draws(
-    model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, *, count: int
-) -> list[dict[str, dict[str, Tensor]]]:
-    """Factors of single draws: with no memory, each step's state is that step's own sample."""
-    method = kfac_fx.KFAC(statistics_every=1, inverse_every=count, decay=0.0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    step = kfac_fx.compile(model, loss_fn, method=method, optimizer=optimizer, fisher="mc", backend="eager")
-    draws = []
-    for _ in range(count):
-        step(x, y)
-        curvature = step.state_dict()["curvature"]
-        draws.append({name: {k: state[k].clone() for k in "AG"} for name, state in curvature.items()})
-    return draws
-
-
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_reference_roots_and_reduction_factors_reproduce_the_loss_hessian(loss: str, reduction: str) -> None:
@@ -106,14 +91,14 @@ def test_reference_roots_and_reduction_factors_reproduce_the_loss_hessian(loss: 
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("sizes", [(4, 3), (4, 5, 3, 2), (2, 6, 1)])
+@pytest.mark.parametrize("sizes", [(4, 2), (4, 5, 3, 2), (2, 6, 1)])
 def test_e1_deep_linear_network_with_squared_loss_is_exact(sizes: tuple[int, ...], reduction: str) -> None:
     torch.manual_seed(1)
     model, loss_fn = mlp(*sizes, activation=None), nn.MSELoss(reduction=reduction)
     x = torch.randn(9, sizes[0], dtype=torch.float64)
     y = torch.randn(9, sizes[-1], dtype=torch.float64)
-    for sharing in ("expand", "reduce"):
-        assert max(block_errors(model, loss_fn, x, y, sharing=sharing).values()) < TOLERANCE
+    sharing = "expand" if reduction == "mean" else "reduce"
+    assert max(block_errors(model, loss_fn, x, y, sharing=sharing).values()) < TOLERANCE
 
 
 def test_e1_fails_for_the_empirical_fisher_and_for_cross_entropy() -> None:
@@ -126,19 +111,17 @@ def test_e1_fails_for_the_empirical_fisher_and_for_cross_entropy() -> None:
     assert min(classes.values()) > 1e-2
 
 
-@pytest.mark.parametrize("repeats", [1, 5])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("reduction", "repeats"), [("mean", 1), ("sum", 1), ("mean", 5)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_e2_one_distinct_example_is_exact_for_any_network_and_loss(
     loss: str, reduction: str, repeats: int
 ) -> None:
     torch.manual_seed(3)
-    conv = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)).double()
-    for model, shape in ((mlp(4, 5, 4, 3), (4,)), (conv, (2, 3, 3))):
-        x = torch.randn(1, *shape, dtype=torch.float64).repeat(repeats, *[1 for _ in shape])
-        y = targets_for(loss, model(x).detach())
-        errors = block_errors(model, LOSSES[loss](reduction=reduction), x, y, sharing="expand")
-        assert max(errors.values()) < TOLERANCE
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), *mlp(3, 4, 2)).double()
+    x = torch.randn(1, 2, 3, 3, dtype=torch.float64).repeat(repeats, 1, 1, 1)
+    y = targets_for(loss, model(x).detach())
+    errors = block_errors(model, LOSSES[loss](reduction=reduction), x, y, sharing="expand")
+    assert max(errors.values()) < TOLERANCE
 
 
 def test_e2_fails_for_nine_examples() -> None:
@@ -166,13 +149,12 @@ def test_e2_empirical_fisher_of_one_example_is_its_own_outer_product(loss: str) 
 def test_e3_expand_is_exact_where_every_position_has_its_own_loss(reduction: str) -> None:
     torch.manual_seed(6)
     model, loss_fn = Positionwise().double(), nn.MSELoss(reduction=reduction)
-    x, y = torch.randn(5, 4, 4, dtype=torch.float64), torch.randn(5, 4, 2, dtype=torch.float64)
+    x, y = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(5, 3, 2, dtype=torch.float64)
     assert max(block_errors(model, loss_fn, x, y, sharing="expand").values()) < TOLERANCE
     assert min(block_errors(model, loss_fn, x, y, sharing="reduce").values()) > 1e-1
 
 
-@pytest.mark.parametrize("how", ["mean", "sum"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("reduction", "how"), [("mean", "mean"), ("sum", "sum"), ("mean", "sum")])
 def test_e4_reduce_is_exact_where_positions_are_pooled(reduction: str, how: str) -> None:
     torch.manual_seed(7)
     model = nn.Sequential(nn.Linear(4, 3), Pool(how, (1,)), nn.Linear(3, 2)).double()
@@ -194,9 +176,9 @@ def test_e5_summing_both_factors_would_be_too_large_by_the_squared_number_of_pos
     assert abs(relative_error(wrong, exact) - (5**2 - 1)) < 1e-8
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("rank", CONV)
+@pytest.mark.parametrize(
+    ("rank", "stride", "reduction"), [(1, 1, "sum"), (2, 2, "mean"), (2, 1, "sum"), (3, 2, "mean")]
+)
 def test_e6_convolution_with_global_average_pooling_is_exact_for_reduce(
     rank: int, stride: int, reduction: str
 ) -> None:
@@ -214,7 +196,7 @@ def test_e6_convolution_with_global_average_pooling_is_exact_for_reduce(
 def test_e7_convolution_before_a_pointwise_convolution_is_exact_for_expand(reduction: str) -> None:
     torch.manual_seed(10)
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 2, 1)).double()
-    x, y = torch.randn(3, 2, 3, 3, dtype=torch.float64), torch.randn(3, 2, 3, 3, dtype=torch.float64)
+    x, y = torch.randn(4, 2, 2, 2, dtype=torch.float64), torch.randn(4, 2, 2, 2, dtype=torch.float64)
     loss_fn = nn.MSELoss(reduction=reduction)
     assert max(block_errors(model, loss_fn, x, y, sharing="expand").values()) < TOLERANCE
     assert min(block_errors(model, loss_fn, x, y, sharing="reduce").values()) > 1e-1
@@ -222,8 +204,8 @@ def test_e7_convolution_before_a_pointwise_convolution_is_exact_for_expand(reduc
 
 def test_e8_neither_is_exact_for_two_wide_convolutions() -> None:
     torch.manual_seed(11)
-    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)).double()
-    x, y = torch.randn(3, 2, 4, 4, dtype=torch.float64), torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1)).double()
+    x, y = torch.randn(3, 2, 3, 3, dtype=torch.float64), torch.randn(3, 1, 3, 3, dtype=torch.float64)
     for sharing in ("expand", "reduce"):
         errors = block_errors(model, nn.MSELoss(), x, y, sharing=sharing)
         assert errors["0.weight"] > 1e-1
@@ -233,29 +215,27 @@ def test_e8_neither_is_exact_for_two_wide_convolutions() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_e9_sum_and_mean_losses_differ_by_their_reduction_factors(loss: str, fisher: str) -> None:
     torch.manual_seed(12)
-    model, x = mlp(4, 5, 3), torch.randn(9, 4, dtype=torch.float64)
+    model, x = mlp(4, 5, 2), torch.randn(9, 4, dtype=torch.float64)
     outputs = model(x).detach()
     y = targets_for(loss, outputs)
     mean, total = LOSSES[loss](reduction="mean"), LOSSES[loss](reduction="sum")
     ratio = reduction_factor(mean, outputs) / reduction_factor(total, outputs)
-    of_mean = batch_factors(model, mean, x, y, fisher=fisher, sharing="expand")
-    of_sum = batch_factors(model, total, x, y, fisher=fisher, sharing="expand")
-    for name, state in of_mean.items():
-        assert relative_error(state["A"], of_sum[name]["A"]) < 1e-12
-        assert relative_error(state["G"], ratio * of_sum[name]["G"]) < TOLERANCE
-    changes = [
-        parameter_change(model, loss_fn, x, y, method=kfac_fx.KFAC(damping=lam, kl_clip=None), fisher=fisher)
+    of_mean, of_sum = (
+        one_step(model, loss_fn, x, y, method=kfac_fx.KFAC(damping=lam, kl_clip=None), fisher=fisher)
         for loss_fn, lam in ((mean, 1e-2 * ratio), (total, 1e-2))
-    ]
-    for name, change in changes[0].items():
-        assert relative_error(change, changes[1][name]) < TOLERANCE
+    )
+    for name, state in of_mean.curvature.items():
+        assert relative_error(state["A"], of_sum.curvature[name]["A"]) < 1e-12
+        assert relative_error(state["G"], ratio * of_sum.curvature[name]["G"]) < TOLERANCE
+    for name, change in of_mean.change.items():
+        assert relative_error(change, of_sum.change[name]) < TOLERANCE
 
 
 @pytest.mark.parametrize("fisher", ["type2", "empirical"])
 @pytest.mark.parametrize("loss", ["mse", "bce"])
 def test_e10_loss_terms_beside_the_batch_equal_the_flattened_batch(loss: str, fisher: str) -> None:
     torch.manual_seed(13)
-    model, x = Positionwise().double(), torch.randn(5, 4, 4, dtype=torch.float64)
+    model, x = Positionwise().double(), torch.randn(5, 2, 4, dtype=torch.float64)
     flat = Positionwise(flat=True).double()
     flat.load_state_dict(model.state_dict())
     y = targets_for(loss, model(x).detach())
@@ -273,10 +253,11 @@ def test_e10_loss_terms_beside_the_batch_equal_the_flattened_batch(loss: str, fi
 @pytest.mark.parametrize("loss", LOSSES)
 def test_e11_sampled_labels_average_to_the_type_2_factors(loss: str) -> None:
     torch.manual_seed(14)
-    model, x = mlp(4, 5, 3), torch.randn(48, 4, dtype=torch.float64)
+    model, x = mlp(4, 5, 2), torch.randn(48, 4, dtype=torch.float64)
     y, loss_fn = targets_for(loss, model(x).detach()), LOSSES[loss]()
     exact = batch_factors(model, loss_fn, x, y, fisher="type2", sharing="expand")
-    draws = mc_draws(model, loss_fn, x, y, count=150)
+    read = factor_reader(model, loss_fn, fisher="mc")
+    draws = [read(x, y) for _ in range(150)]
     assert relative_error(draws[0]["0.weight"]["G"], draws[1]["0.weight"]["G"]) > 1e-3
     for name, state in exact.items():
         mean = torch.stack([draw[name]["G"] for draw in draws]).mean(0)

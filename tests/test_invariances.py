@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import kfac_fx
-from tests.helpers import batch_factors, gradients, parameter_change
+from tests.helpers import factor_reader, gradients, one_step
 from tests.oracles import relative_error
 
 Direction = Callable[[Tensor, Tensor, Tensor], Tensor]
-FISHERS = ("type2", "empirical")
 
 
 class Affine(nn.Module):
@@ -72,8 +71,9 @@ def plain(A: Tensor, G: Tensor, gradient: Tensor) -> Tensor:
 def train(model: nn.Module, x: Tensor, y: Tensor, *, direction: Direction, steps: int = 3) -> Tensor:
     """Outputs after a few steps along `direction(A, G, joint gradient)` with the library's type-2 factors."""
     loss_fn = nn.CrossEntropyLoss()
+    read = factor_reader(model, loss_fn, fisher="type2")
     for _ in range(steps):
-        curvature = batch_factors(model, loss_fn, x, y, fisher="type2", sharing="expand")
+        curvature = read(x, y)
         grads = gradients(model, loss_fn, x, y)
         for name, state in curvature.items():
             weight, bias = (model.get_parameter(name.replace("weight", kind)) for kind in ("weight", "bias"))
@@ -130,27 +130,15 @@ def batch(dtype: torch.dtype = torch.float64, size: int = 7) -> tuple[Tensor, Te
     return torch.randn(size, 2, 4, 4, dtype=dtype), torch.randint(3, (size,))
 
 
-@pytest.mark.parametrize("fisher", FISHERS)
-@pytest.mark.parametrize("scale", [2.0**10, 1e-3])
-def test_i1_a_scaled_loss_scales_G_once_and_nothing_else(scale: float, fisher: str) -> None:
-    """A loss scale can be undone: A is untouched and G carries it to the first power, as its Hessian does."""
-    x, y = batch(torch.float32)
-    model, loss_fn = network(), nn.CrossEntropyLoss()
-    plain_state = batch_factors(model, loss_fn, x, y, fisher=fisher, sharing="expand")
-    scaled_state = batch_factors(
-        model, lambda f, t: scale * loss_fn(f, t), x, y, fisher=fisher, sharing="expand"
-    )
-    for name, state in plain_state.items():
-        assert relative_error(scaled_state[name]["A"], state["A"]) < 1e-6
-        assert relative_error(scaled_state[name]["G"] / scale, state["G"]) < 1e-6
-
-
-@pytest.mark.parametrize("fisher", FISHERS)
-def test_i1_a_scaled_loss_with_scaled_damping_takes_the_same_step(fisher: str) -> None:
+@pytest.mark.parametrize(
+    ("fisher", "scale"), [("type2", 2.0**10), ("empirical", 2.0**10), ("empirical", 1e-3)]
+)
+def test_i1_a_scaled_loss_scales_G_once_and_is_undone_by_scaled_damping(fisher: str, scale: float) -> None:
+    """As its Hessian does: A does not see the scale, G carries it to the first power, the direction does not."""
     x, y = batch()
-    model, loss_fn, scale = network().double(), nn.CrossEntropyLoss(), 2.0**10
-    changes = [
-        parameter_change(
+    model, loss_fn = network().double(), nn.CrossEntropyLoss()
+    once, scaled = (
+        one_step(
             model,
             lambda f, t, s=s: s * loss_fn(f, t),
             x,
@@ -159,21 +147,31 @@ def test_i1_a_scaled_loss_with_scaled_damping_takes_the_same_step(fisher: str) -
             fisher=fisher,
         )
         for s in (1.0, scale)
-    ]
-    for name, change in changes[0].items():
-        assert relative_error(changes[1][name], change) < 1e-10
+    )
+    for name, state in once.curvature.items():
+        assert relative_error(scaled.curvature[name]["A"], state["A"]) < 1e-12
+        assert relative_error(scaled.curvature[name]["G"], scale * state["G"]) < 1e-12
+    for name, change in once.change.items():
+        assert relative_error(scaled.change[name], change) < 1e-10
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("fisher", FISHERS)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    ("reduction", "fisher", "sharing"),
+    [
+        ("mean", "type2", "expand"),
+        ("sum", "type2", "reduce"),
+        ("mean", "empirical", "reduce"),
+        ("sum", "empirical", "expand"),
+    ],
+)
 def test_i3_duplicated_and_permuted_examples(reduction: str, fisher: str, sharing: str) -> None:
     x, y = batch()
-    model, loss_fn = network().double(), nn.CrossEntropyLoss(reduction=reduction)
-    once = batch_factors(model, loss_fn, x, y, fisher=fisher, sharing=sharing)
-    twice = batch_factors(model, loss_fn, x.repeat(2, 1, 1, 1), y.repeat(2), fisher=fisher, sharing=sharing)
+    read = factor_reader(
+        network().double(), nn.CrossEntropyLoss(reduction=reduction), fisher=fisher, sharing=sharing
+    )
     order = torch.randperm(len(x))
-    mixed = batch_factors(model, loss_fn, x[order], y[order], fisher=fisher, sharing=sharing)
+    once, mixed = read(x, y), read(x[order], y[order])
+    twice = read(x.repeat(2, 1, 1, 1), y.repeat(2))
     growth = 2.0 if reduction == "sum" else 1.0
     for name, state in once.items():
         assert relative_error(twice[name]["A"], state["A"]) < 1e-12
@@ -187,7 +185,7 @@ def clipped_and_free(kappa: float, lr: float) -> tuple[list[dict[str, Tensor]], 
     x, y = batch()
     model, loss_fn = network().double(), nn.CrossEntropyLoss()
     changes = [
-        parameter_change(model, loss_fn, x, y, method=kfac_fx.KFAC(kl_clip=clip), fisher="type2", lr=lr)
+        one_step(model, loss_fn, x, y, method=kfac_fx.KFAC(kl_clip=clip), fisher="empirical", lr=lr).change
         for clip in (kappa, None)
     ]
     grads = gradients(model, loss_fn, x, y)
@@ -217,8 +215,7 @@ def test_i4_a_zero_gradient_is_not_divided_by() -> None:
     x, _ = batch()
     model = network().double()
     y = model(x).detach()
-    changes = parameter_change(
-        model, nn.MSELoss(), x, y, method=kfac_fx.KFAC(kl_clip=1e-3), fisher="type2", lr=0.1
-    )
-    for change in changes.values():
+    method = kfac_fx.KFAC(kl_clip=1e-3)
+    result = one_step(model, nn.MSELoss(), x, y, method=method, fisher="empirical", lr=0.1)
+    for change in result.change.values():
         assert torch.equal(change, torch.zeros_like(change))

@@ -65,7 +65,7 @@ class MatchStatistics:
             kind, use = self._kind(values.use), values.use
             x = None if values.a is None else kind.input_rows(use, values.a, values.operands)
             for g in values.g:
-                g_rows = kind.output_rows(use, g, values.operands) * use.scale
+                g_rows = self._scaled(values, g)
                 shift = g_rows.sum(1)
                 if x is None:
                     rows.append(shift.unsqueeze(-1))
@@ -103,9 +103,13 @@ class MatchStatistics:
             dtype=gram.statistics_dtype(uses[0].g[0].dtype),
         )
 
+    def _scaled(self, values: UseValues, g: Tensor) -> Tensor:
+        rows = self._kind(values.use).output_rows(values.use, g, values.operands)
+        return rows if values.use.scale == 1.0 else rows * values.use.scale
+
     def _output_rows(self, uses: tuple[UseValues, ...]) -> list[Tensor]:
         """One entry per use and pass; uses of one pass are joined over positions where positions are summed."""
-        per_use = [[self._kind(u.use).output_rows(u.use, g, u.operands) * u.use.scale for g in u.g] for u in uses]
+        per_use = [[self._scaled(values, g) for g in values.g] for values in uses]
         if self.sharing == "expand":
             return [rows for passes in per_use for rows in passes]
         return [torch.cat(passes, 2) for passes in zip(*per_use, strict=True)]
