@@ -45,17 +45,18 @@ def compile(
     backend: str = "auto",
     strict: bool = False,
 ) -> TrainStep:
-    """A training step `step(inputs, targets) -> loss` with preconditioned gradients. Tracing happens at its first call.
+    """A training step `step(inputs, targets) -> loss` with preconditioned gradients. Tracing happens at its
+    first call.
 
     Args:
         model: any module. Batches of other shapes, train and eval mode are captured as they come.
-        loss_fn: `loss_fn(outputs, targets)`, a scalar. None: the model's own loss, else cross-entropy for integer targets and mean
-            squared error for floating ones; the plan says which.
+        loss_fn: `loss_fn(outputs, targets)`, a scalar. None: the model's own loss, else cross-entropy for
+            integer targets and mean squared error for floating ones; the plan says which.
         method: a name of `methods()`, or an instance such as `KFAC(damping=0.01)`.
-        optimizer: any torch optimizer over exactly the model's trainable parameters; it receives preconditioned gradients. None: the
-            method's published base optimizer.
-        fisher: "empirical" (gradients of the loss itself, free), "mc" (labels drawn from the prediction, one more backward) or
-            "type2" (exact, one more backward per class and loss term).
+        optimizer: any torch optimizer over exactly the model's trainable parameters; it receives
+            preconditioned gradients. None: the method's published base optimizer.
+        fisher: "empirical" (gradients of the loss itself, free), "mc" (labels drawn from the prediction, one
+            more backward) or "type2" (exact, one more backward per class and loss term).
         sharing: "expand" (positions are examples) or "reduce" (positions are summed within an example).
         exclude: patterns (fnmatch) of parameter names to leave to the optimizer.
         backend: "eager", "inductor", or "auto" (inductor on CUDA, eager elsewhere).
@@ -90,7 +91,10 @@ def inspect(
     exclude: Sequence[str] = (),
     strict: bool = False,
 ) -> Plan:
-    """What `compile` would do with this model and a batch of these shapes; read-only. `print(plan)` is the report."""
+    """What `compile` would do with this model and a batch of these shapes; read-only.
+
+    `print(plan)` is the report.
+    """
     patterns = _check_options(model, fisher, sharing, exclude)
     batch = _flatten_batch(inputs, targets)
     _guards.check_batch(batch, model)

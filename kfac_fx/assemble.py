@@ -17,7 +17,7 @@ from torch.fx import Node
 from kfac_fx import graph as fxgraph
 from kfac_fx.graph import Term, aten, getitem_source, gradient_terms, is_op
 from kfac_fx.layers import KINDS, Product
-from kfac_fx.types import Capture, Layout, LayerMatch, Parameter, Permute, Use, View
+from kfac_fx.types import Capture, LayerMatch, Layout, Parameter, Permute, Use, View
 
 Part = tuple[int, int] | None
 _LARGEST_CHECKED = 1 << 24
@@ -49,7 +49,10 @@ class Bias:
 def join_biases(
     capture: Capture, parameters: list[Parameter], found: list[Found], biases: dict[tuple[str, Part], Bias]
 ) -> list[Parameter]:
-    """Biases whose gradient sums the same `g` as a weight's join that weight; returns the parameters that do not."""
+    """Biases whose gradient sums the same `g` as a weight's join that weight.
+
+    Returns the parameters that do not.
+    """
     roots: dict[object, tuple[Found, int]] = {}
     for item in found:
         for index, product in enumerate(item.products):
@@ -102,7 +105,9 @@ def _bias_fits(term: Term, product: Product) -> bool:
         return False
     if getitem_source(term.root) is not None:
         return True
-    if product.options["kind"] in ("embedding", "gathered-experts") or not is_op(term.root, aten.sum.dim_IntList):
+    if product.options["kind"] in ("embedding", "gathered-experts") or not is_op(
+        term.root, aten.sum.dim_IntList
+    ):
         return False
     source = term.root.args[0]
     assert isinstance(source, Node)
@@ -128,7 +133,9 @@ def _rows_carry(labels: Tensor, source: Node, product: Product) -> bool:
     rows = kind.output_rows(use, g, ())
     if product.structure == "block":
         return bool((rows == torch.arange(product.groups, dtype=torch.int32)).all())
-    expected = torch.arange(product.groups * product.d_out, dtype=torch.int32).reshape(product.groups, 1, 1, -1)
+    expected = torch.arange(product.groups * product.d_out, dtype=torch.int32).reshape(
+        product.groups, 1, 1, -1
+    )
     return bool((rows == expected).all())
 
 
@@ -139,7 +146,10 @@ def _layout(steps: tuple[object, ...]) -> Layout:
 def finish(
     capture: Capture, found: list[Found], biases: Mapping[tuple[str, Part], Bias]
 ) -> tuple[LayerMatch, ...]:
-    """Matches in forward order; layers that read one tensor in one way name the first of them as owner of A."""
+    """Matches in forward order.
+
+    Layers that read one tensor in one way name the first of them as owner of A.
+    """
     order = {node: i for i, node in enumerate(capture.graph.graph.nodes)}
 
     def position(item: Found) -> tuple[int, Part | tuple[()]]:
@@ -173,7 +183,9 @@ def _match(capture: Capture, item: Found, bias: Bias | None, owners: dict[object
     )
     kronecker = first.structure == "kronecker"
     share = share_key(uses) if kronecker and not any(item.swapped) else key
-    rows = item.part[1] - item.part[0] if item.part else item.parameter.shape[0] if item.parameter.shape else 1
+    rows = (
+        item.part[1] - item.part[0] if item.part else item.parameter.shape[0] if item.parameter.shape else 1
+    )
     numel = item.parameter.numel // max(item.parameter.shape[0], 1) * rows if item.parameter.shape else 1
     return LayerMatch(
         name=key.removesuffix(".weight"),
@@ -219,6 +231,8 @@ def share_key(uses: tuple[Use, ...]) -> object:
     parts = []
     for use in uses:
         assert use.a is not None
-        options = tuple(sorted((k, repr(v)) for k, v in use.options.items() if k not in ("g_transposed", "swapped")))
+        options = tuple(
+            sorted((k, repr(v)) for k, v in use.options.items() if k not in ("g_transposed", "swapped"))
+        )
         parts.append((fxgraph.base_value(use.a), use.geometry, use.bias, options))
     return tuple(parts)

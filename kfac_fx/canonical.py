@@ -1,4 +1,5 @@
-"""Between parameter shapes and the canonical gradients `[groups, d_out, d_in(+1)]` that methods read; names of state tensors.
+"""Between parameter shapes and the canonical gradients `[groups, d_out, d_in(+1)]` that methods read; names
+of state tensors.
 
 Tensors and records only.
 """
@@ -35,7 +36,10 @@ def batch_names(plan: Plan, match: LayerMatch) -> list[str]:
 
 
 def state_owner(plan: Plan, match: LayerMatch, name: str) -> str:
-    """Key under which a state tensor of this layer is kept: what depends on the input alone belongs to its first reader."""
+    """Key under which a state tensor of this layer is kept.
+
+    What depends on the input alone belongs to its first reader.
+    """
     return match.shared_a if name in plan.method.shared_names else match.key
 
 
@@ -56,7 +60,10 @@ def to_matrix(match: LayerMatch, gradients: Mapping[str, Tensor]) -> Tensor:
 def from_matrices(
     plan: Plan, directions: Sequence[Tensor], gradients: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Canonical directions of all layers back to parameter shapes; rows that no part covers keep their gradient."""
+    """Canonical directions of all layers back to parameter shapes.
+
+    Rows that no part covers keep their gradient.
+    """
     pieces: dict[str, list[tuple[LayerMatch, Tensor]]] = {}
     for match, matrix in zip(plan.matched, directions, strict=True):
         if match.bias is not None and match.bias_layout is not None:

@@ -1,7 +1,7 @@
 """Model + loss + example batch -> `Capture`: forward, loss and backward as one graph with names.
 
-Whole-graph tracing with fake tensors: nothing of the model is run on real data and nothing of it is changed. The
-backward passes of the Fisher follow the training backward in the same graph.
+Whole-graph tracing with fake tensors: nothing of the model is run on real data and nothing of it is changed.
+The backward passes of the Fisher follow the training backward in the same graph.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from kfac_fx.errors import CaptureError, KfacFxError, LossError
 from kfac_fx.loss import (
     LossCall,
     LossRecorder,
-    num_root_cotangents,
     root_cotangents,
     sampled_cotangent,
     scaled_terms,
@@ -77,7 +76,10 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
 
 
 def default_loss(outputs: Any, targets: Any) -> Tensor:
-    """The loss when none is given: the model's own, else cross-entropy or mean squared error by the targets' type."""
+    """The loss when none is given.
+
+    The model's own, else cross-entropy or mean squared error by the targets' type.
+    """
     if isinstance(outputs, Mapping) and outputs.get("loss") is not None:
         return outputs["loss"]
     if not isinstance(outputs, Tensor) and getattr(outputs, "loss", None) is not None:
@@ -115,9 +117,9 @@ def capture(
 ) -> Capture:
     """Trace one training step of `model` on a batch of these shapes.
 
-    The model's mode (train or eval), the active autocast state and each parameter's requires_grad are part of what is
-    captured. Raises `CaptureError` with the user's line if the model cannot be written as one graph, `LossError` if
-    the loss is not a differentiable scalar or does not fit `fisher`.
+    The model's mode (train or eval), the active autocast state and each parameter's requires_grad are part of
+    what is captured. Raises `CaptureError` with the user's line if the model cannot be written as one graph,
+    `LossError` if the loss is not a differentiable scalar or does not fit `fisher`.
     """
     parameters = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
@@ -126,7 +128,9 @@ def capture(
     flat = [*parameters.values(), *buffers.values(), *batch.tensors]
     with _tracing_context(model):
         try:
-            module = make_fx(joint, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True)(*flat)
+            module = make_fx(
+                joint, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True
+            )(*flat)
         except KfacFxError:
             raise
         except Exception as error:
@@ -216,7 +220,10 @@ def _gradients(
 
 
 def _slopes(loss: Tensor, calls: list[LossCall]) -> list[tuple[LossCall, Tensor]]:
-    """Derivative of the final loss with respect to each recorded call; calls that the loss ignores are dropped."""
+    """Derivative of the final loss with respect to each recorded call.
+
+    Calls that the loss ignores are dropped.
+    """
     used = []
     for call in calls:
         if not call.loss.requires_grad or not call.prediction.requires_grad:
@@ -264,7 +271,9 @@ def _check_loss(loss: Any) -> None:
         remedy = "Reduce it, for example with .mean()."
         raise LossError(f"the loss must be a scalar, but it has shape {tuple(loss.shape)}. {remedy}")
     if not loss.requires_grad:
-        raise LossError("the loss does not depend on any trainable parameter: check requires_grad and .detach().")
+        raise LossError(
+            "the loss does not depend on any trainable parameter: check requires_grad and .detach()."
+        )
 
 
 def num_examples(batch: Batch) -> int:
@@ -324,7 +333,9 @@ def _flatten_signature(module: GraphModule) -> None:
     module.graph.set_codegen(torch.fx.graph.CodeGen())
 
 
-def _name_placeholders(placeholders: list[Node], parameters: list[str], buffers: list[str], batch: Batch) -> None:
+def _name_placeholders(
+    placeholders: list[Node], parameters: list[str], buffers: list[str], batch: Batch
+) -> None:
     num_targets = len(batch.tensors) - batch.num_inputs
     names = [f"p_{n}" for n in parameters] + [f"b_{n}" for n in buffers]
     names += [f"input_{i}" for i in range(batch.num_inputs)] + [f"target_{i}" for i in range(num_targets)]
@@ -346,9 +357,9 @@ def _drop_detach(graph: Graph) -> None:
 def _share_recomputed_randomness(graph: Graph, seed: Node) -> None:
     """Give the recomputation of a checkpointed region the random numbers of its first run.
 
-    A random operator after the seed that does not depend on it is a recomputation. It reads the same values as its
-    first run, so equal value numbers find the pair (autograd restores the generator's state instead). In-place
-    operators on a shared result have run already and are shared too.
+    A random operator after the seed that does not depend on it is a recomputation. It reads the same values
+    as its first run, so equal value numbers find the pair (autograd restores the generator's state instead).
+    In-place operators on a shared result have run already and are shared too.
     """
     numbers: dict[Any, int] = {}
     numbering: dict[Node, int] = {}
@@ -362,7 +373,9 @@ def _share_recomputed_randomness(graph: Graph, seed: Node) -> None:
         if node.op != "call_function" or node in backward:
             numbering[node] = numbers.setdefault(node, len(numbers))
             continue
-        args = pytree.tree_map(lambda a: ("node", numbering[a]) if isinstance(a, Node) else repr(a), node.args)
+        args = pytree.tree_map(
+            lambda a: ("node", numbering[a]) if isinstance(a, Node) else repr(a), node.args
+        )
         number = numbers.setdefault((node.target, repr(args), repr(node.kwargs)), len(numbers))
         numbering[node] = number
         if not fxgraph.has_effect(node):
@@ -483,7 +496,9 @@ def _explain(error: Exception, model: nn.Module, batch: Batch) -> CaptureError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     kind = type(error).__name__
     if "DataDependent" in kind or "GuardOnDataDependent" in kind or "trying to get a value out" in str(error):
-        problem = "the value of a tensor decides what Python does next (an if, int(), .item() or a loop bound)"
+        problem = (
+            "the value of a tensor decides what Python does next (an if, int(), .item() or a loop bound)"
+        )
         remedy = "Use torch.where, a mask, or move the decision out of the model."
     elif "use_reentrant" in str(error) or "Checkpointing is not compatible" in str(error):
         problem = "reentrant activation checkpointing cannot be captured"
@@ -491,7 +506,9 @@ def _explain(error: Exception, model: nn.Module, batch: Batch) -> CaptureError:
     else:
         problem = f"{kind}: {first}"
         remedy = _input_hint(model, batch)
-    return CaptureError(f"{type(model).__name__} cannot be captured as one graph, {where}: {problem}. {remedy}")
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured as one graph, {where}: {problem}. {remedy}"
+    )
 
 
 def _user_line(error: Exception) -> str:
@@ -506,5 +523,9 @@ def _is_library(filename: str) -> bool:
 def _input_hint(model: nn.Module, batch: Batch) -> str:
     parameter = next(iter(model.parameters()), None)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in batch.tensors[: batch.num_inputs]})
-    own = "" if parameter is None else f" The model's parameters are {str(parameter.dtype).removeprefix('torch.')}"
+    own = (
+        ""
+        if parameter is None
+        else f" The model's parameters are {str(parameter.dtype).removeprefix('torch.')}"
+    )
     return f"Check that model(inputs) and loss_fn(outputs, targets) run.{own}; the inputs are {', '.join(dtypes)}."

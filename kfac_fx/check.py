@@ -1,6 +1,7 @@
 """The universal property of a match: `sum of g a^T` over its uses is the gradient that autograd computed.
 
-Enters: a plan. Leaves: an fx module that returns both sides for every match, so that they can be compared on real data.
+Enters: a plan. Leaves: an fx module that returns both sides for every match, so that they can be compared on
+real data.
 """
 
 from __future__ import annotations
@@ -76,4 +77,3 @@ def _block(match: LayerMatch, values: UseValues, g: Tensor) -> Tensor:
     if match.bias is None:
         return scale.unsqueeze(-1)
     return torch.stack([scale, shift * float(use.bias)], -1)
-

@@ -1,4 +1,5 @@
-"""The curvature state between steps: factors and inverses by weight name, moving averages, refresh, accumulation.
+"""The curvature state between steps: factors and inverses by weight name, moving averages, refresh,
+accumulation.
 
 Enters: plans (which layers exist) and new statistics. Leaves: state tensors for the programs. Knows no graph.
 """
@@ -12,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from kfac_fx.canonical import initial_state, state_dtype, state_owner
+from kfac_fx.canonical import state_dtype, state_owner
 from kfac_fx.errors import StateError
 from kfac_fx.types import LayerMatch, Method, Plan, State
 
@@ -52,7 +53,10 @@ class Curvature:
         return torch.tensor(self._method.new_weight(self._count), dtype=first.dtype, device=first.device)
 
     def adopt(self, plan: Plan) -> None:
-        """Make state for layers that are new; check that known ones fit. Loaded tensors are taken where they belong."""
+        """Make state for layers that are new; check that known ones fit.
+
+        Loaded tensors are taken where they belong.
+        """
         for match in plan.matched:
             device = torch.device(match.uses[0].g[0].meta["val"].device)
             fresh = self._method.init(match, dtype=state_dtype(plan, match), device=device)
@@ -90,7 +94,8 @@ class Curvature:
     def refresh(self) -> None:
         """New inverses of all layers."""
         states = {
-            key: {name: self._tensors[place] for name, place in places.items()} for key, places in self._layers.items()
+            key: {name: self._tensors[place] for name, place in places.items()}
+            for key, places in self._layers.items()
         }
         new, refreshed = self._method.refresh(states)
         for key, tensors in new.items():
@@ -100,8 +105,13 @@ class Curvature:
         self.kept_last += refreshed.kept_last
 
     def state_dict(self) -> dict[str, Any]:
-        """Nested dicts of tensors and plain numbers. Layers that share A list the same tensor (saved once)."""
-        layers = {key: {n: self._tensors[p] for n, p in places.items()} for key, places in self._layers.items()}
+        """Nested dicts of tensors and plain numbers.
+
+        Layers that share A list the same tensor (saved once).
+        """
+        layers = {
+            key: {n: self._tensors[p] for n, p in places.items()} for key, places in self._layers.items()
+        }
         counts = {"statistics": self._count, "retried": self.retried, "kept_last": self.kept_last}
         return {"curvature": {**self._loaded, **layers}, "counts": counts}
 
@@ -117,7 +127,9 @@ class Curvature:
 
 
 def _misfit(match: LayerMatch, name: str, found: Tensor, wanted: Tensor) -> str:
-    return f"{name} of {match.key} has shape {tuple(found.shape)}, but this model needs {tuple(wanted.shape)}."
+    return (
+        f"{name} of {match.key} has shape {tuple(found.shape)}, but this model needs {tuple(wanted.shape)}."
+    )
 
 
 @final
@@ -142,7 +154,10 @@ class Pending:
         gradients: Mapping[str, Tensor],
         statistics: Mapping[Key, Tensor],
     ) -> Pending:
-        """One more batch. A mean loss over both is the mean weighted by terms; a sum loss adds (pitfall P10)."""
+        """One more batch. A mean loss over both is the mean weighted by terms.
+
+        A sum loss adds (pitfall P10).
+        """
         rows = {
             (state_owner(plan, match, name), name): match.rows
             for match in plan.matched
@@ -151,7 +166,11 @@ class Pending:
         }
         if before is None:
             return Pending(
-                plan=plan, weight=inverse_scale, gradients=dict(gradients), statistics=dict(statistics), rows=rows
+                plan=plan,
+                weight=inverse_scale,
+                gradients=dict(gradients),
+                statistics=dict(statistics),
+                rows=rows,
             )
         summed = plan.capture.loss_info.reduction == "sum"
         total = before.weight + inverse_scale

@@ -1,7 +1,7 @@
 """Errors for users and the stable reason codes of skipped parameters.
 
-Every error is a `ValueError` that names what is wrong, where, and what to do. Broken invariants of this library
-are `assert` statements instead.
+Every error is a `ValueError` that names what is wrong, where, and what to do. Broken invariants of this
+library are `assert` statements instead.
 """
 
 from __future__ import annotations

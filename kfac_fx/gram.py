@@ -1,7 +1,9 @@
-"""Second moments of rows: what every statistic is made of. Normalisation of methods.md section 1.3, in this one place.
+"""Second moments of rows: what every statistic is made of. Normalisation of methods.md section 1.3, in this
+one place.
 
-Rows are `[groups, examples, positions, features]`: examples is N of the batch, positions the axis that shares the weight
-(space, tokens), groups one entry per independent product (groups of a convolution, experts). Tensors in, tensors out.
+Rows are `[groups, examples, positions, features]`: examples is N of the batch, positions the axis that shares
+the weight (space, tokens), groups one entry per independent product (groups of a convolution, experts).
+Tensors in, tensors out.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def input_moment(uses: Sequence[InputRows], *, sharing: Sharing, bias: bool) -> Tensor:
     """A = mean of a a^T over examples and positions (expand) or of the position mean over examples (reduce).
 
-    bias: append the homogeneous coordinate, 1 for uses with a bias and 0 for those without. Several uses of one weight are
-    further positions. Returns [groups, d(+1), d(+1)]. Eschenhagen et al. 2023 (arXiv:2311.00636), section 3.
+    bias: append the homogeneous coordinate, 1 for uses with a bias and 0 for those without. Several uses of
+    one weight are further positions. Returns [groups, d(+1), d(+1)]. Eschenhagen et al. 2023
+    (arXiv:2311.00636), section 3.
     """
     if sharing == "reduce":
         positions = sum(use.rows.shape[2] for use in uses)
@@ -49,10 +52,12 @@ def input_moment(uses: Sequence[InputRows], *, sharing: Sharing, bias: bool) -> 
 
 
 def output_moment(uses: Sequence[Tensor], inverse_scale: Tensor, *, sharing: Sharing) -> Tensor:
-    """G = R_ sum g g^T of un-normalised gradients, from gradients of the reduced loss: `inverse_scale * sum g g^T`.
+    """G = R_ sum g g^T of un-normalised gradients, from gradients of the reduced loss: `inverse_scale * sum g
+    g^T`.
 
-    uses: rows of every use in every backward pass, a list per pass flattened; for "reduce" positions are summed within
-    one entry, so uses of one pass must be concatenated over positions before. inverse_scale: 1/R_, 0-dim.
+    uses: rows of every use in every backward pass, a list per pass flattened; for "reduce" positions are
+    summed within one entry, so uses of one pass must be concatenated over positions before. inverse_scale:
+    1/R_, 0-dim.
     """
     rows = [_wide(use) for use in uses]
     if sharing == "reduce":
@@ -87,7 +92,8 @@ def frequencies(indices: Sequence[Tensor], *, size: int, padding_idx: int, dtype
 def patches(x: Tensor, geometry: Geometry) -> Tensor:
     """Patches that a convolution reads, as rows. x: [N, C, *space]. Returns [groups, N, T, C/groups * K].
 
-    Features run channel first, then the kernel in row-major order: the order of `weight.reshape(C_out, -1)`. methods.md 1.4.
+    Features run channel first, then the kernel in row-major order: the order of `weight.reshape(C_out, -1)`.
+    methods.md 1.4.
     """
     if geometry.transposed:
         x, geometry = _upsampled(x, geometry)
@@ -147,7 +153,10 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _moment(rows: Tensor, *, bias: float | None) -> Tensor:
-    """Sum of row^T row: [groups, N, T, d] -> [groups, d(+1), d(+1)]; bias: the value of the extra coordinate."""
+    """Sum of row^T row: [groups, N, T, d] -> [groups, d(+1), d(+1)]; bias.
+
+    The value of the extra coordinate.
+    """
     flat = rows.reshape(rows.shape[0], -1, rows.shape[-1])
     gram = (flat[0].mT @ flat[0]).unsqueeze(0) if flat.shape[0] == 1 else flat.mT @ flat
     if bias is None:

@@ -1,7 +1,7 @@
 """Read fx nodes and splice torch functions into a graph.
 
-Enters: graphs made by `capture`. Leaves: facts about nodes (what produced a gradient, forward or backward, source
-line) and new nodes traced from ordinary torch functions. Nothing here knows a layer kind or a method.
+Enters: graphs made by `capture`. Leaves: facts about nodes (what produced a gradient, forward or backward,
+source line) and new nodes traced from ordinary torch functions. Nothing here knows a layer kind or a method.
 """
 
 from __future__ import annotations
@@ -89,7 +89,10 @@ def getitem_source(node: Node) -> tuple[Node, int] | None:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """One summand of a gradient: `root`, then layout steps, times `scale`, written to rows `part` of the parameter."""
+    """One summand of a gradient.
+
+    `root`, then layout steps, times `scale`, written to rows `part` of the parameter.
+    """
 
     root: Node
     steps: tuple[Permute | View, ...] = ()
@@ -255,7 +258,8 @@ def splice(
     label: str,
     source: Source | None = None,
 ) -> list[Node]:
-    """Trace `function` on the fake values of `arguments` and copy its nodes into the graph in front of `before`.
+    """Trace `function` on the fake values of `arguments` and copy its nodes into the graph in front of
+    `before`.
 
     Returns one node per returned tensor. Every copy carries `label` in `meta["kfac_fx"]`.
     """
@@ -281,7 +285,9 @@ def splice(
             mapping[node] = copy
             copy.meta["kfac_fx"] = label
             if source is not None:
-                copy.meta["stack_trace"] = f'  File "{source.file}", line {source.line}, in forward\n    {source.code}'
+                copy.meta["stack_trace"] = (
+                    f'  File "{source.file}", line {source.line}, in forward\n    {source.code}'
+                )
     outputs = inner.output_node().args[0]
     return [mapping[node] for node in outputs]  # type: ignore[union-attr,index]
 
@@ -321,4 +327,7 @@ def is_mutation(node: Node) -> bool:
 
 def is_random(node: Node) -> bool:
     """Whether running the node draws random numbers."""
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )

@@ -47,7 +47,9 @@ def check_unchanged(model: nn.Module, known: Fingerprint) -> None:
         if name in known and now[name] != known[name]:
             changes.append(_change(name, known[name], now[name]))
     listed = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
-    raise ModelChangedError(f"the model changed after compile: {listed}. Call kfac_fx.compile(model, ...) again.")
+    raise ModelChangedError(
+        f"the model changed after compile: {listed}. Call kfac_fx.compile(model, ...) again."
+    )
 
 
 def _change(name: str, old: tuple[Any, ...], new: tuple[Any, ...]) -> str:
@@ -66,11 +68,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if foreign:
         remedy = "Build it from model.parameters() of the very model that is compiled (after moving or casting it)."
-        raise OptimizerMismatchError(f"the optimizer holds {foreign} tensors that are not parameters of the model. {remedy}")
+        raise OptimizerMismatchError(
+            f"the optimizer holds {foreign} tensors that are not parameters of the model. {remedy}"
+        )
     if missing:
         listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         remedy = "Add them to a parameter group, or freeze them with requires_grad_(False)."
-        raise OptimizerMismatchError(f"the optimizer lacks {len(missing)} trainable parameters: {listed}. {remedy}")
+        raise OptimizerMismatchError(
+            f"the optimizer lacks {len(missing)} trainable parameters: {listed}. {remedy}"
+        )
 
 
 def check_batch(batch: Batch, model: nn.Module) -> None:
@@ -79,7 +85,9 @@ def check_batch(batch: Batch, model: nn.Module) -> None:
     for index, tensor in enumerate(batch.tensors):
         if tensor.device != device and tensor.dim() > 0:
             what = f"input {index}" if index < batch.num_inputs else f"target {index - batch.num_inputs}"
-            raise InputError(f"{what} is on {tensor.device}, but the model is on {device}. Move it with .to({str(device)!r}).")
+            raise InputError(
+                f"{what} is on {tensor.device}, but the model is on {device}. Move it with .to({str(device)!r})."
+            )
 
 
 def check_finite(loss: Tensor) -> None:
@@ -107,9 +115,14 @@ def check_exclude(patterns: tuple[str, ...], model: nn.Module) -> None:
 
 
 def capture_key(model: nn.Module, batch: Batch) -> object:
-    """Equal keys mean equal graphs: shapes, dtypes, structure, mode, autocast state, requires_grad pattern, buffers."""
+    """Equal keys mean equal graphs.
+
+    Shapes, dtypes, structure, mode, autocast state, requires_grad pattern, buffers.
+    """
     autocast = tuple(
-        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+        (device, torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
     )
     return (
         tuple((tuple(t.shape), t.dtype, t.device) for t in batch.tensors),

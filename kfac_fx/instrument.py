@@ -1,7 +1,8 @@
 """Writes a plan into the captured graph.
 
-Enters: a `Plan`. Leaves: `Program`s, one fx graph per variant, whose mathematics is ordinary torch functions traced and
-spliced beside the weight gradients they belong to. Loss and gradients stay the nodes that were captured.
+Enters: a `Plan`. Leaves: `Program`s, one fx graph per variant, whose mathematics is ordinary torch functions
+traced and spliced beside the weight gradients they belong to. Loss and gradients stay the nodes that were
+captured.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ KINDS_BY_NAME = {kind.name: kind for kind in KINDS}
 class Program:
     """One variant of the training step.
 
-    module: placeholders are those of the capture, then `state_inputs` in order, then `weight` (0-dim, share of the new batch
-    in the moving averages) and `learning_rates` ([layers]) where the variant uses them. Outputs: loss, 1/R_, gradients in the
-    order of `gradients`, then new tensors in the order of `state_outputs`.
+    module: placeholders are those of the capture, then `state_inputs` in order, then `weight` (0-dim, share
+    of the new batch in the moving averages) and `learning_rates` ([layers]) where the variant uses them.
+    Outputs: loss, 1/R_, gradients in the order of `gradients`, then new tensors in the order of
+    `state_outputs`.
     """
 
     variant: Variant
@@ -55,8 +57,9 @@ class Program:
 def instrument(plan: Plan, variant: Variant) -> Program:
     """Write one variant.
 
-    plain: forward, backward, precondition. statistics: the same plus the moving averages of the factors. gradients: forward and
-    backward alone. batch_statistics: forward, backward and this batch's statistics, not yet averaged (for accumulation).
+    plain: forward, backward, precondition. statistics: the same plus the moving averages of the factors.
+    gradients: forward and backward alone. batch_statistics: forward, backward and this batch's statistics,
+    not yet averaged (for accumulation).
     """
     return _Writer(plan, variant).write()
 
@@ -82,12 +85,18 @@ class _Writer:
         collects = self.variant in ("statistics", "batch_statistics")
         self._label_matches()
         inputs = self._state_placeholders(averages, preconditions)
-        weight = self._placeholder("weight", (), "share of this batch in the moving averages") if averages else None
+        weight = (
+            self._placeholder("weight", (), "share of this batch in the moving averages")
+            if averages
+            else None
+        )
         gradients = {name: self.map[node] for name, node in capture.gradients.items()}
         new_state = self._statistics(weight) if collects else {}
         rates = None
         if preconditions and self.plan.matched:
-            rates = self._placeholder("learning_rates", (len(self.plan.matched),), "learning rate of each layer")
+            rates = self._placeholder(
+                "learning_rates", (len(self.plan.matched),), "learning rate of each layer"
+            )
             gradients |= self._precondition(rates)
         loss, scale = self.map[capture.loss], self.map[capture.inverse_scale]
         self.output.args = ((loss, scale, *gradients.values(), *new_state.values()),)
@@ -104,7 +113,10 @@ class _Writer:
         )
 
     def _effects(self) -> frozenset[Node]:
-        """In-place updates and random draws of the training pass; of the Fisher's passes no draw that nobody reads."""
+        """In-place updates and random draws of the training pass.
+
+        Of the Fisher's passes no draw that nobody reads.
+        """
         keep, seen_end = set(), False
         last = _last_training_node(self.plan)
         collects = self.variant in ("statistics", "batch_statistics")
@@ -114,11 +126,15 @@ class _Writer:
             seen_end = seen_end or node is last
         return frozenset(keep)
 
-    def _placeholder(self, name: str, sizes: Sequence[int], label: str, dtype: torch.dtype | None = None) -> Node:
+    def _placeholder(
+        self, name: str, sizes: Sequence[int], label: str, dtype: torch.dtype | None = None
+    ) -> Node:
         scale = fxgraph.value(self.plan.capture.inverse_scale)
         with self.graph.inserting_after(self.last_placeholder):
             node = self.graph.placeholder(name)
-        node.meta["val"] = fxgraph.fake_empty(self.graph, sizes, dtype=dtype or scale.dtype, device=scale.device)
+        node.meta["val"] = fxgraph.fake_empty(
+            self.graph, sizes, dtype=dtype or scale.dtype, device=scale.device
+        )
         node.meta["kfac_fx"] = label
         self.last_placeholder = node
         return node
@@ -142,7 +158,11 @@ class _Writer:
     def _label_matches(self) -> None:
         for match in self.plan.matched:
             for use in match.uses:
-                for node, label in ((use.a, "input a"), (use.g[0], "output gradient g"), (use.grad, "weight gradient")):
+                for node, label in (
+                    (use.a, "input a"),
+                    (use.g[0], "output gradient g"),
+                    (use.grad, "weight gradient"),
+                ):
                     if node is not None:
                         meta = self.map[node].meta
                         text = f"{label} of {match.name}"
@@ -157,7 +177,11 @@ class _Writer:
             arguments = [self.map[n] for n in nodes] + [self.map[self.plan.capture.inverse_scale]]
             names = batch_names(self.plan, match)
             wanted = [name for name in names if (state_owner(self.plan, match, name), name) not in new]
-            states = [] if weight is None else [self.state_nodes[state_owner(self.plan, match, n), n] for n in wanted]
+            states = (
+                []
+                if weight is None
+                else [self.state_nodes[state_owner(self.plan, match, n), n] for n in wanted]
+            )
             extra = [] if weight is None else [*states, weight]
             function = _statistics_function(self.plan, match, wanted, weight is not None)
             sizes = ", ".join(f"{n} {_size(self.plan, match, n)}" for n in wanted)
@@ -211,11 +235,13 @@ def _use_nodes(match: LayerMatch) -> list[Node]:
 
 
 def fisher_gradients(use: Use) -> tuple[Node, ...]:
-    """g of the passes that feed the Fisher: the later ones if there are any, else the training pass."""
+    """G of the passes that feed the Fisher: the later ones if there are any, else the training pass."""
     return use.g[1:] or use.g
 
 
-def use_values(match: LayerMatch, tensors: Sequence[Tensor], *, training: bool = False) -> tuple[UseValues, ...]:
+def use_values(
+    match: LayerMatch, tensors: Sequence[Tensor], *, training: bool = False
+) -> tuple[UseValues, ...]:
     """Give each use the values of its nodes. training: `g` of the training pass alone."""
     source, values = iter(tensors), []
     for use in match.uses:

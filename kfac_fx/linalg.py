@@ -20,12 +20,15 @@ class Inverses:
     kept_last: int
 
 
-def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor], *, last: Sequence[Tensor]) -> Inverses:
+def damped_inverses(
+    factors: Sequence[Tensor], dampings: Sequence[Tensor], *, last: Sequence[Tensor]
+) -> Inverses:
     """Inverse of `factor + damping I` by Cholesky; matrices of one size are one batched call.
 
-    factors: each [batch, d, d], symmetric, positive semi-definite. dampings: each [batch], in the factor's units. A matrix that is
-    not positive definite in its own precision is retried in float64; if that fails too, or if it is not finite, its inverse in
-    `last` is kept. methods.md 1.7. One host read per call of this function, none per matrix.
+    factors: each [batch, d, d], symmetric, positive semi-definite. dampings: each [batch], in the factor's
+    units. A matrix that is not positive definite in its own precision is retried in float64; if that fails
+    too, or if it is not finite, its inverse in `last` is kept. methods.md 1.7. One host read per call of this
+    function, none per matrix.
     """
     order: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
     for index, factor in enumerate(factors):
@@ -43,7 +46,7 @@ def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor], *, la
 
 
 def add_diagonal(factor: Tensor, damping: Tensor) -> Tensor:
-    """factor + damping I. factor: [batch, d, d]; damping: [batch]."""
+    """Factor + damping I. factor: [batch, d, d]; damping: [batch]."""
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     return factor + damping.to(factor.dtype)[:, None, None] * eye
 
@@ -60,7 +63,10 @@ def _inverse_with_retry(matrices: Tensor, last: Tensor) -> tuple[Tensor, int, in
 
 
 def _cholesky_inverse(matrices: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """(inverse, failed) per matrix; matrices that are not finite are not decomposed (LAPACK may loop on NaN)."""
+    """(inverse, failed) per matrix.
+
+    Matrices that are not finite are not decomposed (LAPACK may loop on NaN).
+    """
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     safe = torch.where(finite[:, None, None], matrices, eye)
     root, info = torch.linalg.cholesky_ex(safe)
@@ -70,7 +76,8 @@ def _cholesky_inverse(matrices: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]
 
 
 def small_inverse(blocks: Tensor, damping: float) -> Tensor:
-    """Inverse of `block + damping I` in closed form. blocks: [channels, k, k] with k = 1 or 2, positive semi-definite.
+    """Inverse of `block + damping I` in closed form. blocks: [channels, k, k] with k = 1 or 2, positive
+    semi-definite.
 
     A block that stays singular (damping 0) gives zeros: no step in a direction without curvature.
     """
@@ -79,21 +86,22 @@ def small_inverse(blocks: Tensor, damping: float) -> Tensor:
         return torch.where(damped > 0, 1 / damped, 0.0)
     a, b, d = blocks[:, 0, 0] + damping, blocks[:, 0, 1], blocks[:, 1, 1] + damping
     determinant = a * d - b * b
-    # The product loses the determinant to cancellation when the block is nearly singular: bound it from below.
+    # The product loses the determinant to cancellation when the block is nearly singular: bound it from
+    # below.
     safe = torch.maximum(determinant, torch.finfo(a.dtype).eps * a * d)
     adjugate = torch.stack([torch.stack([d, -b], -1), torch.stack([-b, a], -1)], -2)
     return torch.where((safe > 0)[:, None, None], adjugate / safe[:, None, None], 0.0)
 
 
 def mean_eigenvalue(factor: Tensor) -> Tensor:
-    """trace / d per matrix. factor: [batch, d, d], or [d] for a diagonal one (returns [1])."""
+    """Trace / d per matrix. factor: [batch, d, d], or [d] for a diagonal one (returns [1])."""
     if factor.dim() == 1:
         return factor.mean().reshape(1)
     return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
 def pi_ratio(a_mean: Tensor, g_mean: Tensor) -> Tensor:
-    """pi = sqrt(mean eigenvalue of A / mean eigenvalue of G); 1 where either is zero or not finite.
+    """Pi = sqrt(mean eigenvalue of A / mean eigenvalue of G); 1 where either is zero or not finite.
 
     Martens & Grosse 2015, section 6.3 (arXiv:1503.05671); guards of methods.md 1.6 and pitfall P12.
     """

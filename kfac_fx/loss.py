@@ -1,7 +1,8 @@
-"""Losses with a known Hessian: what was called, its scale R_, and the cotangents of a Fisher (methods.md 1.1, 1.2).
+"""Losses with a known Hessian: what was called, its scale R_, and the cotangents of a Fisher (methods.md 1.1,
+1.2).
 
-Enters: calls of torch's loss functions, recorded while the model's loss runs. Leaves: for each call the prediction f,
-the weight of each term, 1/R_, and the cotangents to send back from f. Tensors only; no graph.
+Enters: calls of torch's loss functions, recorded while the model's loss runs. Leaves: for each call the
+prediction f, the weight of each term, 1/R_, and the cotangents to send back from f. Tensors only; no graph.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ Kind = Literal["cross_entropy", "mse", "bce"]
 class LossCall:
     """One call of a known loss: `loss = sum over terms of term_weight * ell(prediction)` before reduction.
 
-    prediction: the tensor the loss read. class_dim: its class axis. total: sum of the term weights if the reduction is
-    "mean", else 1 (so that R_ = factor / total). factor: 2 for squared error (ell = 1/2 |f - y|^2), else 1.
-    term_weight: broadcastable to the prediction without its class axis, or None for all ones.
+    prediction: the tensor the loss read. class_dim: its class axis. total: sum of the term weights if the
+    reduction is "mean", else 1 (so that R_ = factor / total). factor: 2 for squared error (ell = 1/2 |f -
+    y|^2), else 1. term_weight: broadcastable to the prediction without its class axis, or None for all ones.
     """
 
     kind: Kind
@@ -40,7 +41,10 @@ class LossCall:
 
     @property
     def num_terms(self) -> int:
-        """Number of loss terms: positions of the prediction that have a class (or feature) vector of their own."""
+        """Number of loss terms.
+
+        Positions of the prediction that have a class (or feature) vector of their own.
+        """
         return self.prediction.numel() // max(self.num_classes, 1)
 
     @property
@@ -58,7 +62,11 @@ class LossRecorder(TorchFunctionMode):
         self.calls: list[LossCall] = []
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the function; describe it if it is a known loss."""
         out = func(*args, **(kwargs or {}))
@@ -176,7 +184,8 @@ _DESCRIBE: dict[Callable[..., Any], Callable[..., LossCall]] = {
 def scaled_terms(call: LossCall, slope: Tensor) -> tuple[Tensor, Tensor | None]:
     """(1/R_, term weights) of a call whose result enters the final loss with derivative `slope`.
 
-    slope: 0-dim for reductions "mean" and "sum"; of the call's shape for "none". Terms that the loss ignores weigh 0.
+    slope: 0-dim for reductions "mean" and "sum"; of the call's shape for "none". Terms that the loss ignores
+    weigh 0.
     """
     if slope.dim() == 0:
         return call.total / (call.factor * slope), call.term_weight
@@ -186,7 +195,7 @@ def scaled_terms(call: LossCall, slope: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def sampled_cotangent(call: LossCall, weights: Tensor | None) -> Tensor:
-    """d ell(f, y^)/df with y^ drawn from the model's own prediction: E[g g^T] is the Hessian (type-1, MC)."""
+    """D ell(f, y^)/df with y^ drawn from the model's own prediction: E[g g^T] is the Hessian (type-1, MC)."""
     f = call.prediction.detach()
     if call.kind == "mse":
         cotangent = torch.randn_like(f)
@@ -202,7 +211,10 @@ def sampled_cotangent(call: LossCall, weights: Tensor | None) -> Tensor:
 
 
 def root_cotangents(call: LossCall, weights: Tensor | None) -> Iterator[Tensor]:
-    """Columns of a root S of the Hessian, S S^T = H: one cotangent per loss term of an example and class (type-2)."""
+    """Columns of a root S of the Hessian, S S^T = H.
+
+    One cotangent per loss term of an example and class (type-2).
+    """
     f = call.prediction.detach()
     classes, class_dim = call.num_classes, call.class_dim
     positions = f.movedim(class_dim, -1)

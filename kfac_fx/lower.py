@@ -26,7 +26,10 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 def lower(module: GraphModule, backend: str) -> Callable[..., Sequence[Tensor]]:
-    """A callable over the module's placeholders. inductor: one graph, no break (`fullgraph=True`), static shapes."""
+    """A callable over the module's placeholders. inductor.
+
+    One graph, no break (`fullgraph=True`), static shapes.
+    """
     run: Callable[..., Any] = module
     if backend == "inductor":
         run = torch.compile(module, fullgraph=True, dynamic=False)
@@ -57,4 +60,6 @@ def mutated_placeholders(module: GraphModule) -> tuple[int, ...]:
         if node.op == "call_function" and (fxgraph.is_mutation(node) or node.target in _NORMS):
             read = node.all_input_nodes if node.target in _NORMS else node.all_input_nodes[:1]
             found.update(fxgraph.base(argument) for argument in read)
-    return tuple(i for i, node in enumerate(placeholders) if node in found and not str(node.target).startswith("p_"))
+    return tuple(
+        i for i, node in enumerate(placeholders) if node in found and not str(node.target).startswith("p_")
+    )

@@ -1,7 +1,7 @@
 """`Capture` -> `Matches`: account for every parameter, as a match or as a skip with a reason.
 
-The walk starts at each parameter's gradient. A parameter is matched only if every term of its gradient is a product that
-a layer kind knows and all of them have one layout; nothing is matched in part.
+The walk starts at each parameter's gradient. A parameter is matched only if every term of its gradient is a
+product that a layer kind knows and all of them have one layout; nothing is matched in part.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def match(capture: Capture, *, exclude: Callable[[str], bool] = lambda name: Fal
     found: list[Found] = []
     biases: dict[tuple[str, Part], Bias] = {}
     reasons: dict[str, tuple[Reason, str]] = {}
-    for stage in (weight_kinds, [k for k in KINDS if k.name == "scale"], [k for k in KINDS if k.name == "shift"]):
+    for stage in (
+        weight_kinds,
+        [k for k in KINDS if k.name == "scale"],
+        [k for k in KINDS if k.name == "shift"],
+    ):
         remaining = []
         for parameter in open_:
             result = _find(parameter, stage, facts)
@@ -70,9 +74,7 @@ def _skip(capture: Capture, parameter: Parameter, reason: Reason, detail: str) -
     return Skip(parameter=parameter.name, reason=reason, detail=detail, numel=parameter.numel, source=source)
 
 
-def _find(
-    parameter: Parameter, kinds: Sequence[LayerKind], facts: Facts
-) -> list[Found] | tuple[Reason, str]:
+def _find(parameter: Parameter, kinds: Sequence[LayerKind], facts: Facts) -> list[Found] | tuple[Reason, str]:
     """All parts of one parameter, or why it is not matched by these kinds."""
     per_pass = []
     for backward in facts.capture.passes:
@@ -114,13 +116,20 @@ def recognise(term: Term, kinds: Iterable[LayerKind], facts: Facts) -> Product |
 
 
 def _behind_product(root: Node, kinds: Iterable[LayerKind], facts: Facts) -> bool:
-    """Whether a layer's weight gradient stands a few steps before the root: the parameter is a function's input."""
+    """Whether a layer's weight gradient stands a few steps before the root.
+
+    The parameter is a function's input.
+    """
     queue, seen = [root], {root}
     while queue and len(seen) < _NEIGHBOURHOOD:
         for node in queue.pop(0).all_input_nodes:
             if node in seen or node not in facts.capture.backward:
                 continue
-            if any(isinstance(kind.match(Term(root=node), facts), Product) for kind in kinds if kind.name in _CONTRACTIONS):
+            if any(
+                isinstance(kind.match(Term(root=node), facts), Product)
+                for kind in kinds
+                if kind.name in _CONTRACTIONS
+            ):
                 return True
             seen.add(node)
             queue.append(node)
@@ -188,7 +197,11 @@ def _one_layout(
     first = pairs[lead][1]
     swapped = []
     for (_, product), layout in zip(pairs, layouts, strict=True):
-        if _same_size(product, first) and product.structure == first.structure and _equal(layout, layouts[lead], first):
+        if (
+            _same_size(product, first)
+            and product.structure == first.structure
+            and _equal(layout, layouts[lead], first)
+        ):
             swapped.append(False)
         elif _transposed(product, layout, first, layouts[lead]):
             swapped.append(True)
@@ -196,9 +209,7 @@ def _one_layout(
             reason = Reason.TIED if parameter.aliases else Reason.MIXED_USE
             kinds = ", ".join(sorted({p.kind for _, p in pairs}))
             return reason, f"used as {kinds} in ways whose factors cannot be added"
-    passes = tuple(
-        tuple(other[i][1].g for other in others) for i in range(len(pairs))
-    )
+    passes = tuple(tuple(other[i][1].g for other in others) for i in range(len(pairs)))
     return Found(
         parameter=parameter,
         part=part,

@@ -1,4 +1,7 @@
-"""`Matches` + method -> frozen `Plan`: which factors are kept, what they cost, what is left to the optimizer."""
+"""`Matches` + method -> frozen `Plan`.
+
+Which factors are kept, what they cost, what is left to the optimizer.
+"""
 
 from __future__ import annotations
 

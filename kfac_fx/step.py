@@ -1,7 +1,8 @@
 """`TrainStep`: which program runs now, the state between steps, `state_dict`.
 
-One step: the program of this batch's shapes gives loss and gradients (and statistics when due); inverses are refreshed when due;
-the gradients are preconditioned; the optimizer, PyTorch's own, updates the parameters. Nothing changes unless all succeeds.
+One step: the program of this batch's shapes gives loss and gradients (and statistics when due); inverses are
+refreshed when due; the gradients are preconditioned; the optimizer, PyTorch's own, updates the parameters.
+Nothing changes unless all succeeds.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from kfac_fx import guards
-from kfac_fx.canonical import gradient_names, initial_state, state_dtype, state_owner
+from kfac_fx.canonical import gradient_names, initial_state, state_owner
 from kfac_fx.capture import Batch, flatten_batch
 from kfac_fx.curvature import Curvature, Pending
-from kfac_fx.errors import InputError, KfacFxError
+from kfac_fx.errors import KfacFxError
 from kfac_fx.instrument import Program, Variant, instrument, precondition_function
 from kfac_fx.lower import execution, lower, mutated_placeholders, resolve_backend
 from kfac_fx.trace import trace
@@ -122,7 +123,9 @@ class TrainStep:
         Raises `NonFiniteLossError` (nothing changed), `CaptureError`, `InputError`, `ModelChangedError`.
         """
         if self._pending is not None:
-            raise KfacFxError("step(...) was called while accumulated batches wait: call step.update() first.")
+            raise KfacFxError(
+                "step(...) was called while accumulated batches wait: call step.update() first."
+            )
         if self._refresh_due():
             loss = self.accumulate(inputs, targets)
             self.update()
@@ -141,7 +144,8 @@ class TrainStep:
     def accumulate(self, inputs: Any, targets: Any = None) -> Tensor:
         """Gradients and, when due, statistics of one batch, without an update. Returns its loss.
 
-        Batches of a mean loss are weighted by their numbers of loss terms, so that two halves equal the whole.
+        Batches of a mean loss are weighted by their numbers of loss terms, so that two halves equal the
+        whole.
         """
         compiled, batch = self._prepare(inputs, targets)
         variant: Variant = "batch_statistics" if self._statistics_due() else "gradients"
@@ -157,7 +161,9 @@ class TrainStep:
         """One update for all that was accumulated: statistics, refresh when due, precondition, optimizer."""
         pending = self._pending
         if pending is None:
-            raise KfacFxError("step.update() has nothing to apply: call step.accumulate(inputs, targets) first.")
+            raise KfacFxError(
+                "step.update() has nothing to apply: call step.accumulate(inputs, targets) first."
+            )
         plan = pending.plan
         with execution():
             if pending.statistics:
@@ -185,7 +191,10 @@ class TrainStep:
 
     @property
     def graphs(self) -> Mapping[str, GraphModule]:
-        """Rewritten graphs of the last captured batch shape: "plain", "statistics", and the two for accumulation."""
+        """Rewritten graphs of the last captured batch shape.
+
+        "plain", "statistics", and the two for accumulation.
+        """
         return _Graphs(self._require_capture())
 
     @property
@@ -194,12 +203,15 @@ class TrainStep:
         return {"retried": self._curvature.retried, "kept_last": self._curvature.kept_last}
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers alone: loads with `torch.load(..., weights_only=True)`; resuming is bit-identical.
+        """Tensors and plain numbers alone: loads with `torch.load(..., weights_only=True)`; resuming is
+        bit-identical.
 
         As in PyTorch the tensors are the live ones; parameters and buffers are the model's own `state_dict`.
         """
         if self._pending is not None:
-            raise KfacFxError("state_dict() was called while accumulated batches wait: call step.update() first.")
+            raise KfacFxError(
+                "state_dict() was called while accumulated batches wait: call step.update() first."
+            )
         return {
             "step": self._step,
             **self._curvature.state_dict(),
@@ -216,14 +228,18 @@ class TrainStep:
         self._step = int(state["step"])
 
     def _statistics_due(self) -> bool:
-        return self._step % self.method.statistics_every == 0 or (self._refresh_due() and self._curvature.empty)
+        return self._step % self.method.statistics_every == 0 or (
+            self._refresh_due() and self._curvature.empty
+        )
 
     def _refresh_due(self) -> bool:
         return self._step % self.method.inverse_every == 0
 
     def _require_capture(self) -> _Compiled:
         if self._last is None:
-            raise KfacFxError("nothing is captured yet: tracing happens at the first call step(inputs, targets).")
+            raise KfacFxError(
+                "nothing is captured yet: tracing happens at the first call step(inputs, targets)."
+            )
         return self._last
 
     def _prepare(self, inputs: Any, targets: Any) -> tuple[_Compiled, Batch]:
@@ -250,7 +266,9 @@ class TrainStep:
 
     def _learning_rates(self, plan: Plan) -> Tensor:
         """Learning rate of each matched layer, from the optimizer's parameter groups."""
-        rate_of = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
+        rate_of = {
+            id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]
+        }
         parameters = dict(self.model.named_parameters())
         rates = tuple(rate_of[id(parameters[match.weight])] for match in plan.matched)
         if self._rates is None or self._rates[0] != rates:
@@ -275,5 +293,3 @@ def _state_keys(plan: Plan) -> list[tuple[str, str]]:
         for name in initial_state(plan, match, plan.method)
     ]
     return list(dict.fromkeys(keys))
-
-

@@ -24,7 +24,10 @@ def trace(
     exclude: tuple[str, ...],
     strict: bool,
 ) -> Plan:
-    """The plan for batches of these shapes. With `strict`, raises `UnsupportedModelError` if anything is skipped."""
+    """The plan for batches of these shapes.
+
+    With `strict`, raises `UnsupportedModelError` if anything is skipped.
+    """
     captured = capture(model, loss_fn, batch, fisher=fisher)
 
     def excluded(name: str) -> bool:

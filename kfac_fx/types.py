@@ -59,8 +59,8 @@ class Parameter:
 class LossInfo:
     """What the capture found out about the loss (methods.md 1.1).
 
-    kind: "cross_entropy", "mse", "bce" or "unknown". reduction: "mean", "sum" or "unknown". examples: N, the batch
-    size. terms: R', the number of loss terms per example. note: one sentence for the report.
+    kind: "cross_entropy", "mse", "bce" or "unknown". reduction: "mean", "sum" or "unknown". examples: N, the
+    batch size. terms: R', the number of loss terms per example. note: one sentence for the report.
     """
 
     kind: str
@@ -85,9 +85,10 @@ class Capture:
     """A model, its loss and its backward pass as one graph.
 
     graph: placeholders are parameters, buffers, inputs, targets in that order; outputs are the loss, then one
-    gradient per trainable parameter that has one. passes[0] is the training backward; the others, if any, start at
-    the model's prediction for the Fisher. inverse_scale is the node of 1/R_ (0-dim tensor): the loss is R_ times
-    the sum of its terms. backward: nodes that depend on a seed. data: nodes that depend on inputs or targets.
+    gradient per trainable parameter that has one. passes[0] is the training backward; the others, if any,
+    start at the model's prediction for the Fisher. inverse_scale is the node of 1/R_ (0-dim tensor): the loss
+    is R_ times the sum of its terms. backward: nodes that depend on a seed. data: nodes that depend on inputs
+    or targets.
     """
 
     graph: GraphModule
@@ -161,7 +162,10 @@ class Layout:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Of a convolution: one entry per spatial axis. `flip` marks a kernel stored mirrored (transposed convolution)."""
+    """Of a convolution: one entry per spatial axis.
+
+    `flip` marks a kernel stored mirrored (transposed convolution).
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -177,9 +181,9 @@ class Geometry:
 class Use:
     """One product of one parameter: `scale * sum_rows g a^T` is a term of its gradient.
 
-    a: the tensor the layer reads (None: a constant one, for shifts). g: cotangent of the layer's output, one node per
-    backward pass, the training pass first. operands: further forward tensors a kind needs (mean and rstd of a norm).
-    bias: whether the layer's bias joins this use.
+    a: the tensor the layer reads (None: a constant one, for shifts). g: cotangent of the layer's output, one
+    node per backward pass, the training pass first. operands: further forward tensors a kind needs (mean and
+    rstd of a norm). bias: whether the layer's bias joins this use.
     """
 
     a: Node | None
@@ -197,9 +201,10 @@ class Use:
 class LayerMatch:
     """A parameter (and perhaps its bias) whose gradient is a sum of recognised products.
 
-    name: module path. key: name of the weight, or of a part of it, under which the state is kept. structure: "kronecker"
-    (factors A and G), "diagonal" (A is a vector) or "block" (small blocks F per channel). part: rows of the parameter
-    that this match covers (None: all). d_in counts the bias column. rows: number of rows (a, g) per pass, all uses.
+    name: module path. key: name of the weight, or of a part of it, under which the state is kept. structure:
+    "kronecker" (factors A and G), "diagonal" (A is a vector) or "block" (small blocks F per channel). part:
+    rows of the parameter that this match covers (None: all). d_in counts the bias column. rows: number of
+    rows (a, g) per pass, all uses.
     """
 
     name: str
@@ -252,9 +257,10 @@ class Matches:
 class FactorSpec:
     """One stored curvature factor of one layer.
 
-    dim: side length of the square factor (or length of the vector). count: number of such factors (groups, channels).
-    flops_*: floating point operations each time that phase runs (one multiply-add counts 2). form: how the statistics
-    are computed, in words. shared_with: key of the layer that owns the factor when this layer only reads it.
+    dim: side length of the square factor (or length of the vector). count: number of such factors (groups,
+    channels). flops_*: floating point operations each time that phase runs (one multiply-add counts 2). form:
+    how the statistics are computed, in words. shared_with: key of the layer that owns the factor when this
+    layer only reads it.
     """
 
     owner: str
@@ -274,7 +280,10 @@ class FactorSpec:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Refreshed:
-    """Of one refresh: how many factors had to be inverted in float64, and how many kept their last inverse."""
+    """Of one refresh.
+
+    How many factors had to be inverted in float64, and how many kept their last inverse.
+    """
 
     retried: int
     kept_last: int
@@ -322,7 +331,10 @@ class Method(Protocol):
 
     @property
     def shared_names(self) -> frozenset[str]:
-        """State tensors that depend on the layer's input alone: kept once for layers that read the same input."""
+        """State tensors that depend on the layer's input alone.
+
+        Kept once for layers that read the same input.
+        """
         ...
 
     @property
@@ -362,7 +374,9 @@ class Method(Protocol):
         """Apply the inverse to the canonical gradient [groups, d_out, d_in], or [channels, k] for blocks."""
         ...
 
-    def rescale(self, directions: list[Tensor], gradients: list[Tensor], *, learning_rates: Tensor) -> list[Tensor]:
+    def rescale(
+        self, directions: list[Tensor], gradients: list[Tensor], *, learning_rates: Tensor
+    ) -> list[Tensor]:
         """Bound or restore the length of the update. learning_rates: [layers]."""
         ...
 

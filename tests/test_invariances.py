@@ -134,7 +134,7 @@ def batch(dtype: torch.dtype = torch.float64, size: int = 7) -> tuple[Tensor, Te
     ("fisher", "scale"), [("type2", 2.0**10), ("empirical", 2.0**10), ("empirical", 1e-3)]
 )
 def test_i1_a_scaled_loss_scales_G_once_and_is_undone_by_scaled_damping(fisher: str, scale: float) -> None:
-    """As its Hessian does: A does not see the scale, G carries it to the first power, the direction does not."""
+    """As its Hessian does: A does not see the scale, G carries it once, the direction not at all."""
     x, y = batch()
     model, loss_fn = network().double(), nn.CrossEntropyLoss()
     once, scaled = (

@@ -1,4 +1,7 @@
-"""Layer kinds, tried in this order at the root of each gradient term. A new kind is one file and one entry here."""
+"""Layer kinds, tried in this order at the root of each gradient term.
+
+A new kind is one file and one entry here.
+"""
 
 from __future__ import annotations
 

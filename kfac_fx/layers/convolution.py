@@ -1,8 +1,9 @@
 """Convolutions of one to three dimensions, plain and transposed: output 1 of `convolution_backward`.
 
-Stride, padding and dilation are read from the operator; 'same' and non-zero padding modes pad the input before it, so
-`a` is what the convolution truly read. Groups get one factor pair each (methods.md 1.4). A transposed convolution is a
-convolution of the input with zeros put between its entries, by the mirrored kernel.
+Stride, padding and dilation are read from the operator; 'same' and non-zero padding modes pad the input
+before it, so `a` is what the convolution truly read. Groups get one factor pair each (methods.md 1.4). A
+transposed convolution is a convolution of the input with zeros put between its entries, by the mirrored
+kernel.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from kfac_fx.errors import Reason
-from kfac_fx.graph import Term, aten, getitem_source, is_op, shape
 from kfac_fx.gram import patches
+from kfac_fx.graph import Term, aten, getitem_source, is_op, shape
 from kfac_fx.layers.kind import Facts, Product
 from kfac_fx.types import Geometry, Permute, Use, View
 

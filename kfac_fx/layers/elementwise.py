@@ -1,7 +1,8 @@
 """Parameters that scale or shift an activation: one small block (or one number) per element.
 
-Hand-written norms, layer scale, gates; biases without a layer, class tokens and position tables. The gradient is a sum
-over examples of `g * x` (scale) or of `g` (shift); positions of one example are summed first (methods.md 9.1, 9.2).
+Hand-written norms, layer scale, gates; biases without a layer, class tokens and position tables. The gradient
+is a sum over examples of `g * x` (scale) or of `g` (shift); positions of one example are summed first
+(methods.md 9.1, 9.2).
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ class Shift:
 
 
 def _convolution_bias(root: Node) -> tuple[Node, tuple[int, ...]] | None:
-    """The bias of a convolution whose weight is not matched: a sum of its output gradient over batch and space."""
+    """The bias of a convolution whose weight is not matched.
+
+    A sum of its output gradient over batch and space.
+    """
     selected = getitem_source(root)
     if selected is None or selected[1] != 2 or not is_op(selected[0], aten.convolution_backward.default):
         return None

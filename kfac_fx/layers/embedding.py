@@ -1,7 +1,8 @@
-"""Embeddings: a linear layer on one-hot rows. A is diagonal and kept as a vector, never V x V (methods.md 9.3).
+"""Embeddings: a linear layer on one-hot rows. A is diagonal and kept as a vector, never V x V (methods.md
+9.3).
 
-`nn.Embedding`, `F.embedding` and `table[indices]`. An embedding that is the same for every example (positions) is
-summed over the batch by autograd before it arrives; the gradient is read in front of that sum.
+`nn.Embedding`, `F.embedding` and `table[indices]`. An embedding that is the same for every example
+(positions) is summed over the batch by autograd before it arrives; the gradient is read in front of that sum.
 """
 
 from __future__ import annotations

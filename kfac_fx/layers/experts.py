@@ -1,7 +1,9 @@
-"""Experts chosen per token: `bmm(weight[ids], x)`, whose gradient is accumulated into the table of expert weights.
+"""Experts chosen per token: `bmm(weight[ids], x)`, whose gradient is accumulated into the table of expert
+weights.
 
-Each routed token is one row of its expert's factors; rows of other experts are zero there. One factor pair per expert,
-normalised by all routed tokens, so that an expert that is rarely chosen has small factors as it has small gradients.
+Each routed token is one row of its expert's factors; rows of other experts are zero there. One factor pair
+per expert, normalised by all routed tokens, so that an expert that is rarely chosen has small factors as it
+has small gradients.
 """
 
 from __future__ import annotations

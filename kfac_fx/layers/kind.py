@@ -48,9 +48,12 @@ class Facts:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """One recognised term of a gradient. steps: canonical gradient -> the term's root. bias_root: where a bias' gradient
-    must start to belong to this product: the node of `g` behind views, or (node, output) of a fused backward. constant_input: `a` does
-    not depend on the batch; such a term counts only beside others of the same weight (first state of a recurrence)."""
+    """One recognised term of a gradient. steps: canonical gradient -> the term's root. bias_root: where a
+    bias' gradient
+    must start to belong to this product: the node of `g` behind views, or (node, output) of a fused backward.
+    constant_input: `a` does not depend on the batch; such a term counts only beside others of the same weight
+    (first state of a recurrence).
+    """
 
     kind: str
     structure: Literal["kronecker", "diagonal", "block"]
@@ -77,11 +80,17 @@ class LayerKind(Protocol):
         ...
 
     def match(self, term: Term, facts: Facts) -> Product | Reason | None:
-        """The product at the term's root; a reason if it is this kind but cannot be used; None if it is another kind."""
+        """The product at the term's root; a reason if it is this kind but cannot be used.
+
+        None if it is another kind.
+        """
         ...
 
     def input_rows(self, use: Use, a: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
-        """Rows of the layer's input: [groups, N, T, d_in] without the bias column (indices for embeddings)."""
+        """Rows of the layer's input.
+
+        [groups, N, T, d_in] without the bias column (indices for embeddings).
+        """
         ...
 
     def output_rows(self, use: Use, g: Tensor, operands: tuple[Tensor, ...]) -> Tensor:

@@ -1,7 +1,7 @@
 """Linear layers in every spelling: the gradient is a product of two matrices, one made in the forward half.
 
-`nn.Linear`, `F.linear`, `x @ W`, `x @ W.T`, einsum and Hugging Face's `Conv1D` all end in `mm`; experts and per-head
-weights in `bmm` (one factor pair per batch entry); a weight vector in `mv`.
+`nn.Linear`, `F.linear`, `x @ W`, `x @ W.T`, einsum and Hugging Face's `Conv1D` all end in `mm`; experts and
+per-head weights in `bmm` (one factor pair per batch entry); a weight vector in `mv`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Linear:
             options={
                 "a_transposed": left_transposed and input_left,
                 "g_transposed": left_transposed and not input_left,
-                "split": _split_rows(a if not (left_transposed and input_left) else None, rows, facts.examples),
+                "split": _split_rows(
+                    a if not (left_transposed and input_left) else None, rows, facts.examples
+                ),
                 "vector": root.target is aten.mv.default,
             },
             constant_input=constant,
@@ -80,11 +82,17 @@ class Linear:
 
 
 def _rows_of_left(left: Node) -> tuple[Node, bool]:
-    """The left operand is a transposed matrix of rows; (matrix of rows, False), or (left, True) to transpose it."""
+    """The left operand is a transposed matrix of rows.
+
+    (matrix of rows, False), or (left, True) to transpose it.
+    """
     source = left.args[0] if left.args and isinstance(left.args[0], Node) else None
     rank = len(shape(left))
     if source is not None:
-        swap = is_op(left, aten.transpose.int) and {int(d) % rank for d in left.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[arg-type]
+        swap = is_op(left, aten.transpose.int) and {int(d) % rank for d in left.args[1:3]} == {
+            rank - 2,
+            rank - 1,
+        }  # type: ignore[arg-type]
         order = [*range(rank - 2), rank - 1, rank - 2]
         permuted = is_op(left, aten.permute.default) and [int(d) % rank for d in left.args[1]] == order  # type: ignore[union-attr,arg-type]
         if is_op(left, aten.t.default) or swap or permuted:

@@ -1,7 +1,8 @@
-"""Scale and shift of Layer, Batch, Group and RMS norms from their fused backward: one small block per channel.
+"""Scale and shift of Layer, Batch, Group and RMS norms from their fused backward: one small block per
+channel.
 
-The normalised input is recomputed from the saved mean and reciprocal deviation, never from the output divided by the
-scale, which fails at zero (methods.md 9.1).
+The normalised input is recomputed from the saved mean and reciprocal deviation, never from the output divided
+by the scale, which fails at zero (methods.md 9.1).
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ class Norm:
     def match(self, term: Term, facts: Facts) -> Product | Reason | None:
         """Output 1 (scale) of a fused norm backward."""
         selected = getitem_source(term.root)
-        if selected is None or selected[1] != 1 or not is_op(selected[0], _LAYER, _GROUP, _BATCH, _CUDNN, _RMS):
+        if (
+            selected is None
+            or selected[1] != 1
+            or not is_op(selected[0], _LAYER, _GROUP, _BATCH, _CUDNN, _RMS)
+        ):
             return None
         node = selected[0]
         kind, g, a, operands, eps = _read(node)

@@ -108,7 +108,10 @@ class MatchStatistics:
         return rows if values.use.scale == 1.0 else rows * values.use.scale
 
     def _output_rows(self, uses: tuple[UseValues, ...]) -> list[Tensor]:
-        """One entry per use and pass; uses of one pass are joined over positions where positions are summed."""
+        """One entry per use and pass.
+
+        Uses of one pass are joined over positions where positions are summed.
+        """
         per_use = [[self._scaled(values, g) for g in values.g] for values in uses]
         if self.sharing == "expand":
             return [rows for passes in per_use for rows in passes]
@@ -118,10 +121,12 @@ class MatchStatistics:
         return gram.output_moment(self._output_rows(uses), self.inverse_scale, sharing=self.sharing)
 
     def _tied_moments(self) -> tuple[Tensor, Tensor]:
-        """One Kronecker product for uses of opposite orientation: the partial traces of the sum of their blocks.
+        """One Kronecker product for uses of opposite orientation: the partial traces of the sum of their
+        blocks.
 
-        in = sum_u in_u tr(out_u); out = sum_u out_u tr(in_u) / sum_u tr(in_u) tr(out_u), where (in_u, out_u) are (A_u, G_u)
-        or, for a swapped use, (G_u, A_u). The trace of the sum is kept. Embedding and head: `in` is a vector.
+        in = sum_u in_u tr(out_u); out = sum_u out_u tr(in_u) / sum_u tr(in_u) tr(out_u), where (in_u, out_u)
+        are (A_u, G_u) or, for a swapped use, (G_u, A_u). The trace of the sum is kept. Embedding and head:
+        `in` is a vector.
         """
         sides = []
         for values in self.uses:

@@ -12,7 +12,10 @@ METHODS: dict[str, type[Any]] = {"kfac": KFAC}
 
 
 def resolve(method: str | Method) -> Method:
-    """Any object with the functions of `Method` as it is; a name as that method with its defaults. Raises `UnknownNameError` with the nearest name."""
+    """Any object with the functions of `Method` as it is; a name as that method with its defaults.
+
+    Raises `UnknownNameError` with the nearest name.
+    """
     if isinstance(method, str):
         check_choice("method", method, METHODS)
         return METHODS[method]()

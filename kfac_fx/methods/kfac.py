@@ -1,7 +1,7 @@
 """K-FAC with KFC's factors for convolutions: moving averages, factored Tikhonov damping, Cholesky, KL clip.
 
-Martens & Grosse 2015 (arXiv:1503.05671); Grosse & Martens 2016 (arXiv:1602.01407); expand and reduce weight sharing of
-Eschenhagen et al. 2023 (arXiv:2311.00636). Formulas: methods.md sections 1 to 3 and 16.1.
+Martens & Grosse 2015 (arXiv:1503.05671); Grosse & Martens 2016 (arXiv:1602.01407); expand and reduce weight
+sharing of Eschenhagen et al. 2023 (arXiv:2311.00636). Formulas: methods.md sections 1 to 3 and 16.1.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State, Statistics
 class KFAC:
     """Kronecker-factored approximate curvature.
 
-    damping: lambda, in units of the Hessian of the loss that is minimised (of the MEAN loss for mean losses). decay: weight of the
-    old average per statistics update. statistics_every, inverse_every: steps. kl_clip: bound on lr^2 <V, grad>, None for no
-    bound. pi: balance the damping by the factors' traces. max_factor_dim: larger layers are left to the optimizer.
+    damping: lambda, in units of the Hessian of the loss that is minimised (of the MEAN loss for mean losses).
+    decay: weight of the old average per statistics update. statistics_every, inverse_every: steps. kl_clip:
+    bound on lr^2 <V, grad>, None for no bound. pi: balance the damping by the factors' traces.
+    max_factor_dim: larger layers are left to the optimizer.
     """
 
     damping: float = 0.03
@@ -130,8 +131,13 @@ class KFAC:
         half = g @ gradient.to(g.dtype)
         return half * a if a.dim() == 1 else half @ a
 
-    def rescale(self, directions: list[Tensor], gradients: list[Tensor], *, learning_rates: Tensor) -> list[Tensor]:
-        """KL clip: nu = min(1, sqrt(kappa / |sum lr^2 <V, grad>|)) for all layers (rule C1 of methods.md 1.8)."""
+    def rescale(
+        self, directions: list[Tensor], gradients: list[Tensor], *, learning_rates: Tensor
+    ) -> list[Tensor]:
+        """KL clip.
+
+        Nu = min(1, sqrt(kappa / |sum lr^2 <V, grad>|)) for all layers (rule C1 of methods.md 1.8).
+        """
         if self.kl_clip is None or not directions:
             return directions
         products = [(v * g.to(v.dtype)).sum() for v, g in zip(directions, gradients, strict=True)]
@@ -141,7 +147,10 @@ class KFAC:
         return [v * nu for v in directions]
 
     def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
-        """Size and cost of each stored factor: statistics 2 rows d^2, Cholesky inverse d^3, apply 2 d^2 times the other side."""
+        """Size and cost of each stored factor.
+
+        Statistics 2 rows d^2, Cholesky inverse d^3, apply 2 d^2 times the other side.
+        """
         shapes = _shapes(match)
         return tuple(_spec(match, name, shapes[name], dtype) for name in shapes)
 
