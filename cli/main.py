@@ -16,12 +16,12 @@ import typer
 
 import kfac_fx
 from kfac_fx import report
+from kfac_fx.contracts import Plan
 from kfac_fx.errors import KfacFxError, Reason
 from kfac_fx.instrument import instrument
 from kfac_fx.methods import METHODS
 from kfac_fx.report.table import make_console, show, show_methods
 from kfac_fx.target import load_target
-from kfac_fx.types import Plan
 
 app = typer.Typer(
     name="kfac-fx",

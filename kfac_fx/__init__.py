@@ -13,7 +13,9 @@ from torch import nn
 
 from kfac_fx import errors as errors
 from kfac_fx import guards as _guards
-from kfac_fx.capture import flatten_batch as _flatten_batch
+from kfac_fx.batch import flatten_batch as _flatten_batch
+from kfac_fx.contracts import Method
+from kfac_fx.contracts import Plan as Plan
 from kfac_fx.errors import KfacFxError as KfacFxError
 from kfac_fx.errors import Reason as Reason
 from kfac_fx.errors import check_choice as _check_choice
@@ -22,8 +24,7 @@ from kfac_fx.methods import METHODS as _METHODS
 from kfac_fx.methods import resolve as _resolve
 from kfac_fx.step import TrainStep as TrainStep
 from kfac_fx.trace import trace as _trace
-from kfac_fx.types import Fisher, LossFn, Method, Sharing
-from kfac_fx.types import Plan as Plan
+from kfac_fx.types import Fisher, LossFn, Sharing
 
 __version__ = "0.1.0"
 

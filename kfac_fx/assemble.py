@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from kfac_fx import graph as fxgraph
-from kfac_fx.graph import Term, aten, getitem_source, gradient_terms, is_op
+from kfac_fx.graph import aten, getitem_source, is_op
 from kfac_fx.layers import KINDS, Product
-from kfac_fx.types import Capture, LayerMatch, Layout, Parameter, Permute, Use, View
+from kfac_fx.layout import Layout, Permute, View
+from kfac_fx.types import Capture, LayerMatch, Parameter, Use
+from kfac_fx.walk import Term, base, base_value, gradient_terms
 
 Part = tuple[int, int] | None
 _LARGEST_CHECKED = 1 << 24
@@ -95,7 +97,7 @@ def _bias_root(term: Term) -> object:
     if is_op(term.root, aten.sum.dim_IntList):
         source = term.root.args[0]
         assert isinstance(source, Node)
-        return fxgraph.base(source)
+        return base(source)
     return term.root
 
 
@@ -105,14 +107,15 @@ def _bias_fits(term: Term, product: Product) -> bool:
         return False
     if getitem_source(term.root) is not None:
         return True
-    if product.options["kind"] in ("embedding", "gathered-experts") or not is_op(
-        term.root, aten.sum.dim_IntList
-    ):
+    if product.options["kind"] in ("embedding", "gathered-experts"):
         return False
-    source = term.root.args[0]
-    assert isinstance(source, Node)
+    source, dims = term.root, set()  # one row: autograd sums nothing
     sizes = fxgraph.shape(source)
-    dims = {int(d) % len(sizes) for d in term.root.args[1]}  # type: ignore[union-attr,arg-type]
+    if is_op(term.root, aten.sum.dim_IntList):
+        source = term.root.args[0]
+        assert isinstance(source, Node)
+        sizes = fxgraph.shape(source)
+        dims = {int(d) % len(sizes) for d in term.root.args[1]}  # type: ignore[union-attr,arg-type]
     kept = [size for d, size in enumerate(sizes) if d not in dims]
     features = product.groups * product.d_out if product.structure == "kronecker" else product.groups
     if math.prod(kept) != features or math.prod(sizes) > _LARGEST_CHECKED:
@@ -124,8 +127,8 @@ def _bias_fits(term: Term, product: Product) -> bool:
 
 def _rows_carry(labels: Tensor, source: Node, product: Product) -> bool:
     """Send feature labels from the summed tensor through the views to the product's rows, and compare."""
-    _, to_source = fxgraph.base_value(source)
-    _, to_g = fxgraph.base_value(product.g)
+    _, to_source = base_value(source)
+    _, to_g = base_value(product.g)
     base = _layout(to_source).to_matrix(labels)
     g = _layout(to_g).to_parameter(base)
     kind = next(k for k in KINDS if k.name == product.options["kind"])
@@ -234,5 +237,5 @@ def share_key(uses: tuple[Use, ...]) -> object:
         options = tuple(
             sorted((k, repr(v)) for k, v in use.options.items() if k not in ("g_transposed", "swapped"))
         )
-        parts.append((fxgraph.base_value(use.a), use.geometry, use.bias, options))
+        parts.append((base_value(use.a), use.geometry, use.bias, options))
     return tuple(parts)

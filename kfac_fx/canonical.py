@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kfac_fx.types import LayerMatch, Method, Plan, State
+from kfac_fx.contracts import Method, Plan
+from kfac_fx.types import LayerMatch, State
 
 
 def gradient_names(plan: Plan) -> list[str]:

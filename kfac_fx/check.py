@@ -14,13 +14,16 @@ from torch.fx import GraphModule, Node
 
 from kfac_fx import graph as fxgraph
 from kfac_fx.canonical import to_matrix
+from kfac_fx.contracts import Plan
 from kfac_fx.instrument import KINDS_BY_NAME, use_values
 from kfac_fx.layers.statistics import UseValues
-from kfac_fx.types import LayerMatch, Plan
+from kfac_fx.types import LayerMatch
 
 
 def gradient_pairs(plan: Plan) -> GraphModule:
-    """A module over the capture's placeholders that returns, per match, (canonical gradient of autograd, of `a` and `g`)."""
+    """A module over the capture's placeholders that returns, per match, (canonical gradient of autograd, of
+    `a` and `g`).
+    """
     module, mapping = fxgraph.copy_module(plan.capture.graph)
     output = module.graph.output_node()
     results: list[Node] = []

@@ -69,10 +69,7 @@ class Reason(enum.Enum):
     ELEMENTWISE_SCALE = "elementwise-scale"
     BROADCAST_ADD = "broadcast-add"
     EMBEDDING = "embedding"
-    BATCHED_MATMUL = "batched-matmul"
     MIXED_USE = "mixed-use"
-    TRANSPOSED_CONV = "transposed-conv"
-    BIAS_ALONE = "bias-alone"
     REPARAMETRISED = "reparametrised"
     BATCH_FREE = "batch-free"
     OUTSIDE_FISHER = "outside-fisher"
@@ -87,23 +84,20 @@ class Reason(enum.Enum):
 
 
 _ADVICE = {
-    Reason.TIED: "the same tensor is used in ways whose factors cannot be added; untie it to precondition each use",
+    Reason.TIED: "its uses have factors that cannot be added; untie it to precondition each use",
     Reason.FROZEN: "set requires_grad=True to train it",
     Reason.UNUSED: "the loss does not depend on it; remove it or use it",
     Reason.EXCLUDED: "remove the pattern from exclude= to precondition it",
     Reason.ELEMENTWISE_SCALE: "its product is not summed over examples; apply the scale to activations",
-    Reason.BROADCAST_ADD: "it is added without one gradient per example; the plain gradient is the usual choice",
+    Reason.BROADCAST_ADD: "it is added without one gradient per example; the plain gradient is usual",
     Reason.EMBEDDING: "use scale_grad_by_freq=False and a dense gradient",
-    Reason.BATCHED_MATMUL: "write it as F.linear, or as torch.bmm with the parameter as one whole operand",
-    Reason.MIXED_USE: "use the parameter only in products with activations, or split it into two parameters",
-    Reason.TRANSPOSED_CONV: "use a transposed convolution without dilation of its output, or exclude it",
-    Reason.BIAS_ALONE: "add it to the output of a layer so that it joins the weight's factor",
-    Reason.REPARAMETRISED: "its gradient passes through a function of the weight; remove the reparametrisation",
-    Reason.BATCH_FREE: "the input of its product does not depend on the batch; the plain gradient is the usual choice",
-    Reason.OUTSIDE_FISHER: "the model's prediction does not depend on it, only the loss does; use fisher='empirical'",
+    Reason.MIXED_USE: "use it only in products with activations, or split it into two parameters",
+    Reason.REPARAMETRISED: "the layer reads a function of it; remove the reparametrisation",
+    Reason.BATCH_FREE: "its layer's input does not depend on the batch; the plain gradient is usual",
+    Reason.OUTSIDE_FISHER: "the loss depends on it but not the prediction; use fisher='empirical'",
     Reason.COMPLEX_DTYPE: "use real and imaginary parts as two real parameters",
     Reason.TOO_LARGE: "raise max_factor_dim of the method if memory allows",
-    Reason.NO_PATTERN: "no layer kind knows the operation that made its gradient; a new file in kfac_fx/layers adds it",
+    Reason.NO_PATTERN: "no layer kind knows this operation; a new file in kfac_fx/layers adds it",
 }
 
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.types import Geometry, Sharing
+from kfac_fx.layout import Geometry
+from kfac_fx.types import Sharing
 
 
 @final
@@ -118,7 +119,9 @@ def _patches_of_padded(x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _upsampled(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
-    """A transposed convolution reads `x` with zeros between its entries through the mirrored kernel, with stride 1."""
+    """A transposed convolution reads `x` with zeros between its entries through the mirrored kernel, with
+    stride 1.
+    """
     space = len(geometry.kernel)
     wide = x
     for axis, stride in enumerate(geometry.stride, start=2):

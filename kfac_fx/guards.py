@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.capture import Batch
+from kfac_fx.batch import Batch
 from kfac_fx.errors import (
     InputError,
     ModelChangedError,
@@ -67,7 +67,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     foreign = len(held - set(named))
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if foreign:
-        remedy = "Build it from model.parameters() of the very model that is compiled (after moving or casting it)."
+        remedy = "Build it from model.parameters() of the compiled model, after moving or casting it."
         raise OptimizerMismatchError(
             f"the optimizer holds {foreign} tensors that are not parameters of the model. {remedy}"
         )

@@ -25,9 +25,10 @@ from kfac_fx.canonical import (
     state_owner,
     to_matrix,
 )
+from kfac_fx.contracts import Plan
 from kfac_fx.layers import KINDS
 from kfac_fx.layers.statistics import MatchStatistics, UseValues
-from kfac_fx.types import LayerMatch, Plan, State, Use
+from kfac_fx.types import LayerMatch, State, Use
 
 Variant = Literal["plain", "statistics", "gradients", "batch_statistics"]
 VARIANTS: tuple[Variant, ...] = ("plain", "statistics", "gradients", "batch_statistics")
@@ -200,7 +201,9 @@ class _Writer:
         return self.output if last.op == "placeholder" else last.next
 
     def _precondition(self, rates: Node) -> dict[str, Node]:
-        """Replace each matched gradient by its preconditioned direction, then bound or restore the length of all."""
+        """Replace each matched gradient by its preconditioned direction, then bound or restore the length of
+        all.
+        """
         plan, new = self.plan, {}
         capture = plan.capture
         names = gradient_names(plan)
@@ -278,7 +281,9 @@ def _statistics_function(
 
 
 def precondition_function(plan: Plan, keys: Sequence[tuple[str, str]]) -> Callable[..., list[Tensor]]:
-    """(gradients of `gradient_names`, state tensors of `keys`, learning rates) -> preconditioned gradients."""
+    """(gradients of `gradient_names`, state tensors of `keys`, learning rates) -> preconditioned
+    gradients.
+    """
     names = gradient_names(plan)
 
     def run(*tensors: Tensor) -> list[Tensor]:

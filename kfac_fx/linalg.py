@@ -13,7 +13,9 @@ from torch import Tensor
 @final
 @dataclass(frozen=True, kw_only=True)
 class Inverses:
-    """Inverses of a list of batches, and how many matrices were retried in float64 or kept their last inverse."""
+    """Inverses of a list of batches, and how many matrices were retried in float64 or kept their last
+    inverse.
+    """
 
     inverses: list[Tensor]
     retried: int

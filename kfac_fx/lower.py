@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from kfac_fx import graph as fxgraph
 from kfac_fx.errors import check_choice
+from kfac_fx.walk import base
 
 BACKENDS = ("auto", "eager", "inductor")
 _NORMS = {torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default}
@@ -59,7 +60,7 @@ def mutated_placeholders(module: GraphModule) -> tuple[int, ...]:
     for node in module.graph.nodes:
         if node.op == "call_function" and (fxgraph.is_mutation(node) or node.target in _NORMS):
             read = node.all_input_nodes if node.target in _NORMS else node.all_input_nodes[:1]
-            found.update(fxgraph.base(argument) for argument in read)
+            found.update(base(argument) for argument in read)
     return tuple(
         i for i, node in enumerate(placeholders) if node in found and not str(node.target).startswith("p_")
     )

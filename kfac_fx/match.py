@@ -12,12 +12,13 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from kfac_fx import graph as fxgraph
 from kfac_fx.assemble import Bias, Found, Part, finish, join_biases
 from kfac_fx.errors import Reason
-from kfac_fx.graph import Term, getitem_source, gradient_terms
+from kfac_fx.graph import getitem_source
 from kfac_fx.layers import KINDS, Facts, LayerKind, Product
-from kfac_fx.types import Capture, Layout, Matches, Parameter, Permute, Skip
+from kfac_fx.layout import Layout, Permute
+from kfac_fx.types import Capture, Matches, Parameter, Skip
+from kfac_fx.walk import Term, base_value, gradient_terms
 
 _NEIGHBOURHOOD = 24
 _CONTRACTIONS = ("linear", "convolution")
@@ -104,6 +105,7 @@ def _find(parameter: Parameter, kinds: Sequence[LayerKind], facts: Facts) -> lis
 
 
 def recognise(term: Term, kinds: Iterable[LayerKind], facts: Facts) -> Product | tuple[Reason, str]:
+    """The product at the term's root, or why there is none."""
     for kind in kinds:
         result = kind.match(term, facts)
         if isinstance(result, Product):
@@ -175,8 +177,8 @@ def _aligned(
         return None
     rest, ordered = list(others), []
     for index, (_, product) in enumerate(pairs):
-        key = None if product.a is None else fxgraph.base_value(product.a)
-        same = [o for o in rest if o[1].a is not None and fxgraph.base_value(o[1].a) == key]
+        key = None if product.a is None else base_value(product.a)
+        same = [o for o in rest if o[1].a is not None and base_value(o[1].a) == key]
         chosen = same[0] if same else (others[index] if others[index] in rest else rest[0])
         if (chosen[1].kind, chosen[1].rows) != (product.kind, product.rows):
             return None
@@ -191,7 +193,9 @@ def _one_layout(
     pairs: list[tuple[Term, Product]],
     others: list[list[tuple[Term, Product]]],
 ) -> Found | tuple[Reason, str]:
-    """All terms must write their canonical gradient into the parameter in the same way, or in the transposed one."""
+    """All terms must write their canonical gradient into the parameter in the same way, or in the transposed
+    one.
+    """
     layouts = [Layout(steps=(*product.steps, *term.steps)) for term, product in pairs]
     lead = next((i for i, (_, p) in enumerate(pairs) if p.structure == "diagonal"), 0)
     first = pairs[lead][1]
@@ -226,7 +230,9 @@ def _same_size(left: Product, right: Product) -> bool:
 
 
 def _transposed(product: Product, layout: Layout, first: Product, lead: Layout) -> bool:
-    """Whether the product is the lead with input and output exchanged (embedding and head, tied autoencoder)."""
+    """Whether the product is the lead with input and output exchanged (embedding and head, tied
+    autoencoder).
+    """
     if product.structure == "block" or product.groups != 1 or first.groups != 1 or first.structure == "block":
         return False
     if (product.d_in, product.d_out) != (first.d_out, first.d_in) or product.structure != "kronecker":

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from kfac_fx import guards
+from kfac_fx.batch import Batch, flatten_batch
 from kfac_fx.canonical import gradient_names, initial_state, state_owner
-from kfac_fx.capture import Batch, flatten_batch
+from kfac_fx.contracts import Method, Plan
 from kfac_fx.curvature import Curvature, Pending
 from kfac_fx.errors import KfacFxError
 from kfac_fx.instrument import Program, Variant, instrument, precondition_function
 from kfac_fx.lower import execution, lower, mutated_placeholders, resolve_backend
 from kfac_fx.trace import trace
-from kfac_fx.types import Fisher, LossFn, Method, Plan, Sharing
+from kfac_fx.types import Fisher, LossFn, Sharing
 
 
 @final
@@ -199,7 +200,9 @@ class TrainStep:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """How often factors were retried in float64 and how often the last inverse was kept, since the start."""
+        """How often factors were retried in float64 and how often the last inverse was kept, since the
+        start.
+        """
         return {"retried": self._curvature.retried, "kept_last": self._curvature.kept_last}
 
     def state_dict(self) -> dict[str, Any]:

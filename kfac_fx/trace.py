@@ -6,11 +6,13 @@ import fnmatch
 
 from torch import nn
 
-from kfac_fx.capture import Batch, capture
+from kfac_fx.batch import Batch
+from kfac_fx.capture import capture
+from kfac_fx.contracts import Method, Plan
 from kfac_fx.match import match
 from kfac_fx.plan import check_strict, make_plan
 from kfac_fx.report import render
-from kfac_fx.types import Fisher, LossFn, Method, Plan, Sharing
+from kfac_fx.types import Fisher, LossFn, Sharing
 
 
 def trace(

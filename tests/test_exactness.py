@@ -18,6 +18,7 @@ from tests.oracles import (
     kronecker_block,
     record_uses,
     reduction_factor,
+    reference_factors,
     relative_error,
     weight_ggn,
 )
@@ -248,6 +249,20 @@ def test_e10_loss_terms_beside_the_batch_equal_the_flattened_batch(loss: str, fi
         for factor in ("A", "G"):
             assert relative_error(state[factor], rows[name][factor]) < TOLERANCE
             assert relative_error(state[factor], early[name][factor]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("fisher", "sharing"), [("type2", "expand"), ("type2", "reduce"), ("empirical", "reduce")]
+)
+def test_e10_classes_before_positions_count_every_position_as_a_loss_term(fisher: str, sharing: str) -> None:
+    torch.manual_seed(16)
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Conv1d(3, 2, 2)).double()
+    x, y = torch.randn(4, 2, 4, dtype=torch.float64), torch.randint(2, (4, 2))
+    found = batch_factors(model, nn.CrossEntropyLoss(), x, y, fisher=fisher, sharing=sharing)
+    wanted = reference_factors(model, nn.CrossEntropyLoss(), x, y, fisher=fisher, sharing=sharing)
+    for name, state in wanted.items():
+        for factor, value in state.items():
+            assert relative_error(found[name][factor], value) < TOLERANCE
 
 
 @pytest.mark.parametrize("loss", LOSSES)

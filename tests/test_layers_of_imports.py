@@ -14,12 +14,13 @@ PACKAGE = "kfac_fx"
 
 # Lowest first. Rooms of one row never import each other.
 LAYERS = (
-    ("errors",),
+    ("errors", "layout"),
     ("types",),
-    ("graph", "linalg", "gram", "loss", "canonical"),
-    ("layers", "methods"),
-    ("capture", "assemble"),
-    ("match",),
+    ("contracts", "graph", "linalg", "gram", "loss"),
+    ("walk", "canonical", "batch"),
+    ("passes", "layers", "methods"),
+    ("record", "assemble"),
+    ("capture", "match"),
     ("plan",),
     ("trace", "instrument", "curvature", "guards"),
     ("lower", "check"),

@@ -23,7 +23,8 @@ from kfac_fx.instrument import instrument
 from kfac_fx.report import rows, table, text
 from kfac_fx.report.program import WIDTH, wrapped
 from kfac_fx.target import load_target
-from kfac_fx.types import LayerMatch, Plan
+from kfac_fx.contracts import Plan
+from kfac_fx.types import LayerMatch
 
 GOLDEN = Path(__file__).parent / "golden"
 COSTS = {"state": "bytes", "stats": "flops_statistics", "invert": "flops_refresh", "apply": "flops_apply"}

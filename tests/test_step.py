@@ -194,9 +194,7 @@ def both(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(with the identity, plain): parameters, buffers and losses of two runs from the same start."""
     other = twin(model)
-    step = kfac_fx.compile(
-        other, F.cross_entropy, method=Identity(), optimizer=make(other), backend=backend
-    )
+    step = kfac_fx.compile(other, F.cross_entropy, method=Identity(), optimizer=make(other), backend=backend)
     ours = run_step(step, batches)
     plain = run_plain(model, F.cross_entropy, make, batches)
     return (
@@ -249,8 +247,10 @@ def test_a_step_inside_autocast_equals_the_usual_loop() -> None:
         losses.append(loss.detach())
     assert differing(snapshot(other), snapshot(model)) == []
     assert torch.equal(torch.stack(ours), torch.stack(losses))
-    dtypes = {n.meta["val"].dtype for n in step.graphs["plain"].graph.find_nodes(
-        op="call_function", target=torch.ops.aten.mm.default)}
+    dtypes = {
+        n.meta["val"].dtype
+        for n in step.graphs["plain"].graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    }
     assert torch.bfloat16 in dtypes
     assert torch.is_autocast_cache_enabled()
 
@@ -377,7 +377,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean cross-entropy": nn.CrossEntropyLoss(),
     "sum cross-entropy": nn.CrossEntropyLoss(reduction="sum"),
     "mean squared error": lambda f, y: F.mse_loss(f, F.one_hot(y, f.shape[1]).movedim(-1, 1).to(f.dtype)),
-    "weighted, with ignored labels": nn.CrossEntropyLoss(weight=torch.arange(1.0, 12.0).double(), ignore_index=1),
+    "weighted, with ignored labels": nn.CrossEntropyLoss(
+        weight=torch.arange(1.0, 12.0).double(), ignore_index=1
+    ),
     "an unknown mean": lambda f, y: (f.gather(1, y.unsqueeze(1)) ** 4).mean(),
 }
 
@@ -453,7 +455,9 @@ def saved_and_loaded(state: object, path: object) -> dict:
 
 @pytest.mark.parametrize("make", [sgd, adamw])
 @pytest.mark.parametrize("save_at", [4, 5])
-def test_continuing_from_a_saved_state_is_bit_identical(make: MakeOptimizer, save_at: int, tmp_path: object) -> None:
+def test_continuing_from_a_saved_state_is_bit_identical(
+    make: MakeOptimizer, save_at: int, tmp_path: object
+) -> None:
     """inverse_every=5: saving at 5 refreshes at once, saving at 4 uses the saved inverses first."""
     method = kfac_fx.KFAC(statistics_every=2, inverse_every=5)
     model, batches = conv_net(), [images(size) for size in (6, 6, 6, 6, 6, 6, 6, 3, 6, 6, 3, 6)]
@@ -543,7 +547,11 @@ def test_the_moving_average_is_bias_corrected() -> None:
     model, batches = mlp().double(), [double(vectors(5)) for _ in range(4)]
     method = kfac_fx.KFAC(decay=0.5, inverse_every=100)
     step = kfac_fx.compile(
-        model, F.cross_entropy, method=method, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), backend="eager"
+        model,
+        F.cross_entropy,
+        method=method,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        backend="eager",
     )
     rows = [torch.cat([x, torch.ones(5, 1, dtype=x.dtype)], 1) for x, _ in batches]
     weights = [0.5**3, 0.5**2, 0.5, 1.0]
@@ -599,7 +607,9 @@ def test_the_kl_clip_scales_all_layers_to_the_bound() -> None:
         copy = twin(model)
         groups = [{"params": [p], "lr": rates[name]} for name, p in copy.named_parameters()]
         method = kfac_fx.KFAC(kl_clip=kl_clip, damping=0.1)
-        step = kfac_fx.compile(copy, F.cross_entropy, method=method, optimizer=torch.optim.SGD(groups), backend="eager")
+        step = kfac_fx.compile(
+            copy, F.cross_entropy, method=method, optimizer=torch.optim.SGD(groups), backend="eager"
+        )
         step(x, y)
         before = dict(model.named_parameters())
         return {name: (p - before[name]).detach() for name, p in copy.named_parameters()}
@@ -641,7 +651,11 @@ def test_excluded_parameters_get_their_plain_gradient() -> None:
     model, (x, y) = mlp(), vectors(5)
     other = twin(model)
     step = kfac_fx.compile(
-        other, F.cross_entropy, optimizer=torch.optim.SGD(other.parameters(), lr=0.5), exclude=("2.*",), backend="eager"
+        other,
+        F.cross_entropy,
+        optimizer=torch.optim.SGD(other.parameters(), lr=0.5),
+        exclude=("2.*",),
+        backend="eager",
     )
     step(x, y)
     plain_step(model, F.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.5), (x, y))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import kfac_fx
 import kfac_fx.check
-from kfac_fx.types import LayerMatch, Plan
+from kfac_fx.contracts import Plan
+from kfac_fx.types import LayerMatch
 from tests import zoo
 
 TOLERANCE = 1e-10

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.capture import call_model
-from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State, Statistics
+from kfac_fx.batch import call_model
+from kfac_fx.contracts import Statistics
+from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
 
 Batch = tuple[Any, Tensor]
 Losses = list[Tensor]

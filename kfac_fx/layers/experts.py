@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from kfac_fx.errors import Reason
-from kfac_fx.graph import Term, aten, gradient_terms, is_op, shape
+from kfac_fx.graph import aten, is_op, shape
 from kfac_fx.layers.kind import Facts, Product, bias_key
-from kfac_fx.types import Layout, Permute, Use, View
+from kfac_fx.layout import Layout, Permute, View
+from kfac_fx.types import Use
+from kfac_fx.walk import Term, gradient_terms
 
 
 @final
@@ -28,7 +30,9 @@ class GatheredExperts:
     name: str = "gathered-experts"
 
     def match(self, term: Term, facts: Facts) -> Product | Reason | None:
-        """index_put of rank-one products (bmm over one row) into zeros, accumulated along the first dimension."""
+        """index_put of rank-one products (bmm over one row) into zeros, accumulated along the first
+        dimension.
+        """
         root = term.root
         if not is_op(root, aten.index_put.default, aten._unsafe_index_put.default) or len(root.args) != 4:
             return None

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from kfac_fx.errors import Reason
-from kfac_fx.graph import Term, base, descendants
-from kfac_fx.types import Capture, Geometry, Permute, Use, View
+from kfac_fx.graph import descendants
+from kfac_fx.layout import Geometry, Permute, View
+from kfac_fx.types import Capture, Use
+from kfac_fx.walk import Term, base
 
 
 @final

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from kfac_fx.errors import Reason
-from kfac_fx.graph import Term, aten, base_value, is_op, shape
+from kfac_fx.graph import aten, is_op, shape
 from kfac_fx.layers.kind import Facts, Product, bias_key
-from kfac_fx.types import Permute, Use, View
+from kfac_fx.layout import Permute, View
+from kfac_fx.types import Use
+from kfac_fx.walk import Term, base_value
 
 
 @final

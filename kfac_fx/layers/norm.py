@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from kfac_fx.errors import Reason
-from kfac_fx.graph import Term, aten, getitem_source, is_op, shape
+from kfac_fx.graph import aten, getitem_source, is_op, shape
 from kfac_fx.layers.kind import Facts, Product
-from kfac_fx.types import Use, View
+from kfac_fx.layout import View
+from kfac_fx.types import Use
+from kfac_fx.walk import Term
 
 _LAYER = aten.native_layer_norm_backward.default
 _GROUP = aten.native_group_norm_backward.default
@@ -94,7 +96,9 @@ class Norm:
 
 
 def _read(node: Node) -> tuple[str, Node, Node, tuple[Node, ...], float | None]:
-    """(kind, g, input, (mean, reciprocal deviation), None), or with the variance and eps for running statistics."""
+    """(kind, g, input, (mean, reciprocal deviation), None), or with the variance and eps for running
+    statistics.
+    """
     args: tuple = node.args
     if node.target is _LAYER:
         return "layer-norm", args[0], args[1], (args[3], args[4]), None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from kfac_fx.contracts import Method
 from kfac_fx.errors import UnknownNameError, check_choice
 from kfac_fx.methods.kfac import KFAC
-from kfac_fx.types import Method
 
 METHODS: dict[str, type[Any]] = {"kfac": KFAC}
 

@@ -13,8 +13,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from kfac_fx.contracts import Statistics
 from kfac_fx.linalg import damped_inverses, mean_eigenvalue, pi_ratio, small_inverse
-from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State, Statistics
+from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
 
 
 @final

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from kfac_fx.contracts import Method, Plan
 from kfac_fx.report.rows import Cost, Totals, cost_of, forward_order, totals
-from kfac_fx.types import FactorSpec, LayerMatch, Method, Plan, Skip, Source, Use
+from kfac_fx.types import FactorSpec, LayerMatch, Skip, Source, Use
 
 SCHEMA = "kfac_fx.report/1"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
+from kfac_fx.contracts import Plan
 from kfac_fx.errors import KfacFxError
 from kfac_fx.report.document import to_json
 from kfac_fx.report.program import readable
 from kfac_fx.report.text import render
-from kfac_fx.types import Plan
 
 
 def save(plan: Plan, programs: Mapping[str, GraphModule], folder: Path) -> tuple[Path, ...]:

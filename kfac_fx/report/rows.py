@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from kfac_fx.contracts import Plan
 from kfac_fx.errors import Reason
-from kfac_fx.types import FactorSpec, LayerMatch, Plan, Skip, Source
+from kfac_fx.types import FactorSpec, LayerMatch, Skip, Source
 
 
 @final

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kfac_fx.contracts import Plan
 from kfac_fx.report import text
 from kfac_fx.report.rows import forward_order, totals
-from kfac_fx.types import Plan
 
 _STYLES = {"layer": "bold", "kind": "cyan", "A": "dark_cyan", "G": "dark_goldenrod", "source": "dim"}
 _CUT_ORDER = ("apply", "invert")

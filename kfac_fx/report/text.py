@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from kfac_fx.contracts import Plan
 from kfac_fx.errors import UnknownNameError, did_you_mean
 from kfac_fx.report.rows import LayerRow, Totals, forward_order, layer_labels, layer_rows, skip_rows, totals
-from kfac_fx.types import FactorSpec, LayerMatch, Plan, Skip
+from kfac_fx.types import FactorSpec, LayerMatch, Skip
 
 COLUMNS = ("layer", "kind", "x", "uses", "A", "G", "rows", "state", "stats", "invert", "apply", "source")
 LEFT_ALIGNED = frozenset({"layer", "kind", "source"})

@@ -1,0 +1,70 @@
+"""How the canonical gradient of a product becomes a parameter's gradient, and the geometry of
+convolutions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Permute:
+    """A layout step: `tensor.permute(dims)`."""
+
+    dims: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A layout step: `tensor.reshape(after)` of a tensor of shape `before`."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the canonical gradient `[groups, d_out, d_in]` of a product becomes the parameter's gradient."""
+
+    steps: tuple[Permute | View, ...]
+
+    def to_parameter(self, matrix: Tensor) -> Tensor:
+        """[groups, d_out, d_in] -> the parameter's shape."""
+        for step in self.steps:
+            matrix = matrix.permute(step.dims) if isinstance(step, Permute) else matrix.reshape(step.after)
+        return matrix
+
+    def to_matrix(self, gradient: Tensor) -> Tensor:
+        """The parameter's shape -> [groups, d_out, d_in]."""
+        for step in reversed(self.steps):
+            if isinstance(step, Permute):
+                inverse = [0] * len(step.dims)
+                for position, dim in enumerate(step.dims):
+                    inverse[dim] = position
+                gradient = gradient.permute(inverse)
+            else:
+                gradient = gradient.reshape(step.before)
+        return gradient
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Of a convolution: one entry per spatial axis.
+
+    `flip` marks a kernel stored mirrored (transposed convolution).
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()

@@ -1,0 +1,121 @@
+"""The backward passes of one training step, run while it is traced: the loss' own and those of the Fisher.
+
+Enters: the loss, the recorded loss calls and the trainable leaves. Leaves: one flat tuple of tensors, and in
+`Trace` what
+each of them is. Tensors only; no graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from kfac_fx.batch import Batch, num_examples
+from kfac_fx.errors import LossError
+from kfac_fx.loss import LossCall, root_cotangents, sampled_cotangent, scaled_terms
+from kfac_fx.types import Fisher
+
+
+@final
+@dataclass(kw_only=True)
+class Trace:
+    """What the traced function learns while it runs: positions in its output list, filled once."""
+
+    gradients: list[tuple[str, ...]] = field(default_factory=list)
+    calls: list[LossCall] = field(default_factory=list)
+    loss_kind: str = ""
+
+
+def backward_passes(
+    loss: Tensor,
+    leaves: dict[str, Tensor],
+    calls: list[LossCall],
+    fisher: Fisher,
+    batch: Batch,
+    trace: Trace,
+) -> tuple[Tensor, ...]:
+    """loss, 1/R_, call losses, then per pass: its seed and its gradients. Called while tracing."""
+    slopes = _slopes(loss, calls)
+    seed = torch.ones_like(loss)
+    outputs = [seed, *_gradients([loss], [seed], leaves, trace)]
+    with torch.no_grad():
+        scaled = [scaled_terms(call, slope) for call, slope in slopes]
+        inverse = _inverse_scale([pair[0] for pair in scaled], loss, batch)
+    trace.calls = [call for call, _ in slopes]
+    if fisher != "empirical":
+        for predictions, seeds in _fisher_seeds(trace.calls, scaled, inverse, fisher):
+            outputs += [seeds[0], *_gradients(predictions, seeds, leaves, trace)]
+    return (loss, inverse, *(call.loss for call in trace.calls), *outputs)
+
+
+def _gradients(
+    outputs: list[Tensor], seeds: list[Tensor], leaves: dict[str, Tensor], trace: Trace
+) -> list[Tensor]:
+    found = torch.autograd.grad(outputs, list(leaves.values()), seeds, retain_graph=True, allow_unused=True)
+    present = {name: grad for name, grad in zip(leaves, found, strict=True) if grad is not None}
+    trace.gradients.append(tuple(present))
+    return list(present.values())
+
+
+def _slopes(loss: Tensor, calls: list[LossCall]) -> list[tuple[LossCall, Tensor]]:
+    """Derivative of the final loss with respect to each recorded call.
+
+    Calls that the loss ignores are dropped.
+    """
+    used = []
+    for call in calls:
+        if not call.loss.requires_grad or not call.prediction.requires_grad:
+            continue
+        (slope,) = torch.autograd.grad(loss, [call.loss], retain_graph=True, allow_unused=True)
+        if slope is not None:
+            used.append((call, slope.detach()))
+    return used
+
+
+def _inverse_scale(inverses: list[Tensor], loss: Tensor, batch: Batch) -> Tensor:
+    """1/R_ of the whole loss; of an unknown loss N, as for a mean over the batch."""
+    if inverses:
+        wide = [value.to(torch.promote_types(loss.dtype, torch.float32)) for value in inverses]
+        return wide[0] if len(wide) == 1 else torch.stack(wide).mean()
+    size = float(num_examples(batch))
+    return torch.full((), size, dtype=torch.promote_types(loss.dtype, torch.float32), device=loss.device)
+
+
+def _fisher_seeds(
+    calls: list[LossCall], scaled: list[tuple[Tensor, Tensor | None]], inverse: Tensor, fisher: Fisher
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Per pass the predictions and cotangents, scaled so that G is `inverse * sum g g^T` as for the training
+    pass.
+    """
+
+    def scale(cotangent: Tensor, own_inverse: Tensor) -> Tensor:
+        return cotangent * (1.0 / (inverse * own_inverse).sqrt()).to(cotangent.dtype)
+
+    with torch.no_grad():
+        if fisher == "mc":
+            seeds = [
+                scale(sampled_cotangent(call, weights), own)
+                for call, (own, weights) in zip(calls, scaled, strict=True)
+            ]
+            yield [call.prediction for call in calls], seeds
+            return
+        for call, (own, weights) in zip(calls, scaled, strict=True):
+            for cotangent in root_cotangents(call, weights):
+                yield [call.prediction], [scale(cotangent, own)]
+
+
+def check_loss(loss: Any) -> None:
+    """Raise `LossError` unless the loss is a differentiable scalar tensor."""
+    if not isinstance(loss, Tensor):
+        raise LossError(f"the loss must be a tensor, but loss_fn returned {type(loss).__name__}.")
+    if loss.dim() != 0:
+        remedy = "Reduce it, for example with .mean()."
+        raise LossError(f"the loss must be a scalar, but it has shape {tuple(loss.shape)}. {remedy}")
+    if not loss.requires_grad:
+        raise LossError(
+            "the loss does not depend on any trainable parameter: check requires_grad and .detach()."
+        )
