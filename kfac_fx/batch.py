@@ -63,8 +63,9 @@ def default_loss(outputs: Any, targets: Any) -> Tensor:
     """
     if isinstance(outputs, Mapping) and outputs.get("loss") is not None:
         return outputs["loss"]
-    if not isinstance(outputs, Tensor) and getattr(outputs, "loss", None) is not None:
-        return outputs.loss
+    own = getattr(outputs, "loss", None)
+    if not isinstance(outputs, Tensor) and isinstance(own, Tensor):
+        return own
     if isinstance(outputs, Tensor) and targets is None:
         return outputs
     if isinstance(outputs, Tensor) and isinstance(targets, Tensor):

@@ -86,7 +86,8 @@ def check_batch(batch: Batch, model: nn.Module) -> None:
         if tensor.device != device and tensor.dim() > 0:
             what = f"input {index}" if index < batch.num_inputs else f"target {index - batch.num_inputs}"
             raise InputError(
-                f"{what} is on {tensor.device}, but the model is on {device}. Move it with .to({str(device)!r})."
+                f"{what} is on {tensor.device}, but the model is on {device}. "
+                f"Move it with .to({str(device)!r})."
             )
 
 

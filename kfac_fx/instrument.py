@@ -71,7 +71,7 @@ class _Writer:
 
     def __init__(self, plan: Plan, variant: Variant) -> None:
         self.plan = plan
-        self.variant = variant
+        self.variant: Variant = variant
         self.module, self.map = fxgraph.copy_module(plan.capture.graph)
         self.graph = self.module.graph
         self.output = self.graph.output_node()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
 from kfac_fx.canonical import state_dtype
@@ -79,7 +80,7 @@ def _model_flops(capture: Capture) -> int:
     for node in capture.graph.graph.nodes:
         packet = getattr(node.target, "overloadpacket", None)
         if node.op == "call_function" and packet in flop_registry:
-            read = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+            read = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
             total += int(flop_registry[packet](*read[0], **read[1], out_val=node.meta["val"]))
         if node is stop:
             break

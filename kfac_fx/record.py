@@ -147,8 +147,8 @@ def _loss_info(loss_fn: LossFn | None, batch: Batch, trace: Trace, fisher: Fishe
     examples = num_examples(batch)
     if fisher != "empirical" and not covered:
         raise LossError(
-            f"fisher={fisher!r} needs a loss made of cross-entropy, mean squared error or BCE-with-logits calls "
-            f"alone, but this loss has {'other terms beside them' if trace.calls else 'none of them'}. "
+            f"fisher={fisher!r} needs a loss made of cross-entropy, mean squared error or BCE-with-logits "
+            f"calls alone, but this loss has {'other terms beside them' if trace.calls else 'none of them'}. "
             "fisher='empirical' works with every loss."
         )
     if not trace.calls:

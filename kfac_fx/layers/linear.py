@@ -18,7 +18,7 @@ from kfac_fx.graph import aten, is_op, shape
 from kfac_fx.layers.kind import Facts, Product, bias_key
 from kfac_fx.layout import Permute, View
 from kfac_fx.types import Use
-from kfac_fx.walk import Term, base_value
+from kfac_fx.walk import Term, base_value, structural_step
 
 
 @final
@@ -88,17 +88,10 @@ def _rows_of_left(left: Node) -> tuple[Node, bool]:
 
     (matrix of rows, False), or (left, True) to transpose it.
     """
-    source = left.args[0] if left.args and isinstance(left.args[0], Node) else None
-    rank = len(shape(left))
-    if source is not None:
-        swap = is_op(left, aten.transpose.int) and {int(d) % rank for d in left.args[1:3]} == {
-            rank - 2,
-            rank - 1,
-        }  # type: ignore[arg-type]
-        order = [*range(rank - 2), rank - 1, rank - 2]
-        permuted = is_op(left, aten.permute.default) and [int(d) % rank for d in left.args[1]] == order  # type: ignore[union-attr,arg-type]
-        if is_op(left, aten.t.default) or swap or permuted:
-            return source, False
+    moved, rank = structural_step(left), len(shape(left))
+    swap = Permute(dims=(*range(rank - 2), rank - 1, rank - 2))
+    if moved is not None and moved[1] == swap:
+        return moved[0], False
     return left, True
 
 
