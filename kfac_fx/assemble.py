@@ -74,7 +74,7 @@ def _owner(
 ) -> dict[tuple[str, Part], frozenset[int]] | None:
     """Per matched part, the uses that add this bias; None if some term of its gradient is something else."""
     joined: dict[tuple[str, Part], set[int]] = {}
-    for term in gradient_terms(capture.gradients[parameter.name]):
+    for term in gradient_terms(capture.gradients[parameter.name], stop=roots):
         entry = roots.get(_bias_root(term))
         if entry is None:
             return None

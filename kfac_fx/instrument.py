@@ -133,6 +133,8 @@ class _Writer:
         scale = fxgraph.value(self.plan.capture.inverse_scale)
         with self.graph.inserting_after(self.last_placeholder):
             node = self.graph.placeholder(name)
+        node._rename(name)
+        node.target = node.name
         node.meta["val"] = fxgraph.fake_empty(
             self.graph, sizes, dtype=dtype or scale.dtype, device=scale.device
         )

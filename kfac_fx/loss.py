@@ -210,44 +210,50 @@ def sampled_cotangent(call: LossCall, weights: Tensor | None) -> Tensor:
     return _weighted(call, cotangent, weights)
 
 
-def root_cotangents(call: LossCall, weights: Tensor | None) -> Iterator[Tensor]:
-    """Columns of a root S of the Hessian, S S^T = H.
+def root_cotangents(call: LossCall, weights: Tensor | None, scale: Tensor) -> Iterator[Tensor]:
+    """Columns of a root S of the Hessian, S S^T = H, times `scale`.
 
     One cotangent per loss term of an example and class (type-2).
     """
     f = call.prediction.detach()
-    classes, class_dim = call.num_classes, call.class_dim
-    positions = f.movedim(class_dim, -1)
-    batched = positions.dim() > 1
-    inner = positions.shape[1:-1] if batched else positions.shape[:-1]
+    positions = f.movedim(call.class_dim, -1)
+    root = _root(call.kind, positions)
+    weight = scale if weights is None else scale * _per_class(call, weights, f).movedim(call.class_dim, -1)
+    inner = positions.shape[1:-1]
     for position in range(math.prod(inner)):
         mask = (torch.arange(math.prod(inner), device=f.device) == position).to(f.dtype)
-        for c in range(classes):
-            column = _root_column(call.kind, positions, c)
+        for c in range(call.num_classes):
+            column = root(c) * weight.to(f.dtype)
             if math.prod(inner) > 1:
                 column = column * mask.reshape(*inner, 1)
-            yield _weighted(call, column.movedim(-1, class_dim), weights)
+            yield column.movedim(-1, call.class_dim)
 
 
 def num_root_cotangents(call: LossCall) -> int:
     """How many backward passes `root_cotangents` needs."""
-    return math.prod(call.prediction.shape[1:]) if call.prediction.dim() > 1 else call.prediction.numel()
+    f = call.prediction
+    return math.prod(f.shape[1:]) if f.dim() > 1 else f.numel()
 
 
-def _root_column(kind: Kind, f: Tensor, c: int) -> Tensor:
-    """Column c of S at every position. f: [..., C]."""
-    one = F.one_hot(torch.full(f.shape[:-1], c, dtype=torch.int64, device=f.device), f.shape[-1]).to(f.dtype)
+def _root(kind: Kind, f: Tensor) -> Callable[[int], Tensor]:
+    """Column c of S at every position (methods.md 1.2). f: [..., C]."""
+    eye = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
     if kind == "mse":
-        return one
+        return lambda c: eye[c].expand_as(f)
     if kind == "bce":
         q = torch.sigmoid(f)
-        return one * torch.sqrt(q * (1 - q))
+        deviation = torch.sqrt(q * (1 - q))
+        return lambda c: eye[c] * deviation
     p = torch.softmax(f, -1)
-    return torch.sqrt(p[..., c : c + 1]) * (one - p)
+    root = torch.sqrt(p)
+    return lambda c: root[..., c : c + 1] * (eye[c] - p)
+
+
+def _per_class(call: LossCall, weights: Tensor, f: Tensor) -> Tensor:
+    """Roots of the term weights, broadcastable to the prediction."""
+    root = weights.sqrt()
+    return root if root.shape == f.shape else root.unsqueeze(call.class_dim)
 
 
 def _weighted(call: LossCall, cotangent: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is None:
-        return cotangent
-    root = weights.sqrt()
-    return cotangent * (root if root.shape == cotangent.shape else root.unsqueeze(call.class_dim))
+    return cotangent if weights is None else cotangent * _per_class(call, weights, cotangent)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from kfac_fx.batch import Batch, num_examples
 from kfac_fx.errors import LossError
-from kfac_fx.loss import LossCall, root_cotangents, sampled_cotangent, scaled_terms
+from kfac_fx.loss import LossCall, num_root_cotangents, root_cotangents, sampled_cotangent, scaled_terms
 from kfac_fx.types import Fisher
+
+MAX_TYPE2_PASSES = 256
 
 
 @final
@@ -47,6 +49,7 @@ def backward_passes(
         inverse = _inverse_scale([pair[0] for pair in scaled], loss, batch)
     trace.calls = [call for call, _ in slopes]
     if fisher != "empirical":
+        _check_passes(trace.calls, fisher)
         for predictions, seeds in _fisher_seeds(trace.calls, scaled, inverse, fisher):
             outputs += [seeds[0], *_gradients(predictions, seeds, leaves, trace)]
     return (loss, inverse, *(call.loss for call in trace.calls), *outputs)
@@ -88,24 +91,33 @@ def _inverse_scale(inverses: list[Tensor], loss: Tensor, batch: Batch) -> Tensor
 def _fisher_seeds(
     calls: list[LossCall], scaled: list[tuple[Tensor, Tensor | None]], inverse: Tensor, fisher: Fisher
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Per pass the predictions and cotangents, scaled so that G is `inverse * sum g g^T` as for the training
-    pass.
+    """Per pass the predictions and cotangents.
+
+    They are scaled so that G is `inverse * sum g g^T`, as for the training pass.
     """
+    scales = [1.0 / (inverse * own).sqrt() for own, _ in scaled]
+    weights = [term_weights for _, term_weights in scaled]
+    if fisher == "mc":
+        seeds = []
+        for call, weight, scale in zip(calls, weights, scales, strict=True):
+            cotangent = sampled_cotangent(call, weight)
+            seeds.append(cotangent * scale.to(cotangent.dtype))
+        yield [call.prediction for call in calls], seeds
+        return
+    for call, weight, scale in zip(calls, weights, scales, strict=True):
+        for cotangent in root_cotangents(call, weight, scale):
+            yield [call.prediction], [cotangent]
 
-    def scale(cotangent: Tensor, own_inverse: Tensor) -> Tensor:
-        return cotangent * (1.0 / (inverse * own_inverse).sqrt()).to(cotangent.dtype)
 
-    with torch.no_grad():
-        if fisher == "mc":
-            seeds = [
-                scale(sampled_cotangent(call, weights), own)
-                for call, (own, weights) in zip(calls, scaled, strict=True)
-            ]
-            yield [call.prediction for call in calls], seeds
-            return
-        for call, (own, weights) in zip(calls, scaled, strict=True):
-            for cotangent in root_cotangents(call, weights):
-                yield [call.prediction], [scale(cotangent, own)]
+def _check_passes(calls: list[LossCall], fisher: Fisher) -> None:
+    if fisher != "type2":
+        return
+    needed = sum(num_root_cotangents(call) for call in calls)
+    if needed > MAX_TYPE2_PASSES:
+        raise LossError(
+            f"fisher='type2' needs one backward pass per loss term and class of an example, here {needed}, "
+            f"more than {MAX_TYPE2_PASSES}. fisher='mc' needs one and has the same mean."
+        )
 
 
 def check_loss(loss: Any) -> None:

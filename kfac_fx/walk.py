@@ -7,6 +7,7 @@ value keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -100,13 +101,13 @@ def _constant_factor(node: Node) -> tuple[Node, float] | None:
     return None
 
 
-def gradient_terms(gradient: Node) -> list[Term]:
+def gradient_terms(gradient: Node, *, stop: Container[object] = ()) -> list[Term]:
     """Walk back from a parameter's gradient through structural nodes to the products it is the sum of."""
     finished: list[Term] = []
     queue = [Term(root=gradient)]
     while queue:
         term = queue.pop()
-        parts = _expand_term(term)
+        parts = None if term.root in stop else _expand_term(term)
         if parts is None:
             finished.append(term)
         else:

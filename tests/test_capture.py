@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kfac_fx
+from kfac_fx import Plan
 from kfac_fx.capture import call_model
-from kfac_fx.types import Capture, Plan
+from kfac_fx.types import Capture
 from tests.training import twin
 
 

@@ -180,10 +180,7 @@ def test_ignored_positions_of_a_sequence_weigh_nothing_in_g(fisher: str) -> None
 
 
 def test_ignored_positions_of_a_sequence_do_not_enter_a() -> None:
-    """methods.md 1.1: the rows of ignored terms are masked, or N R' counts the kept terms alone.
-
-    Exact where each term has a Hessian that does not depend on its position: a masked squared error on one layer.
-    """
+    """A row whose term is ignored is masked, and the mean runs over the kept terms alone (padding is no data)."""
     model, x = Positions().double(), torch.randn(3, 4, 4, dtype=torch.float64)
     kept = IGNORED.flatten() != -100
     x.flatten(0, 1)[~kept] = 50.0

@@ -5,7 +5,6 @@ statistics and inverses are collected on their schedules. Where PyTorch itself w
 traced graph the test says so and uses a tolerance.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -358,9 +357,24 @@ def double(batch: Batch) -> Batch:
     return inputs, batch[1]
 
 
+class Gated(nn.Module):
+    """Three layers that read one tensor.
+
+    No softmax: it would make the summed gradient of the keys zero in theory, and its factor rounding noise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(8, 6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((torch.sigmoid(self.q(x) * self.k(x)) * self.v(x)).mean(1))
+
+
 ACCUMULATED: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch]]] = {
     "mlp": (mlp, vectors),
-    "attention": (Attention, attended),
+    "three readers of one tensor": (Gated, attended),
     "convolution, layer norm": (
         lambda: nn.Sequential(
             nn.Conv2d(2, 4, 3), nn.LayerNorm((4, 6, 6)), nn.Tanh(), nn.Flatten(), nn.Linear(144, 4)
@@ -423,8 +437,6 @@ def test_two_unequal_halves_equal_the_whole_batch(case: str, sharing: str) -> No
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_unequal_halves_equal_the_whole_batch_for_every_loss(loss: str) -> None:
     loss_fn = LOSSES[loss]
-    if loss == "weighted, with ignored labels":
-        loss_fn = nn.CrossEntropyLoss(weight=torch.arange(1.0, 5.0).double(), ignore_index=1)
     inputs = [torch.randn(7, 6).double() for _ in range(3)]
     labels = torch.tensor([0, 1, 2, 3, 0, 2, 1])
     halved, whole = accumulated_and_whole(mlp().double(), loss_fn, [(x, labels) for x in inputs], "expand")
@@ -678,6 +690,4 @@ def test_damping_of_nearly_infinite_size_turns_towards_the_gradient() -> None:
     )
     step(x, y)
     plain_step(model, F.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.1), (x, y))
-    with contextlib.suppress(KeyError):
-        del other._buffers["unused"]
     assert distance(snapshot(other), snapshot(model)) < 1e-3

@@ -89,10 +89,9 @@ class KFAC:
 
     def new_weight(self, count: int) -> float:
         """1 / (1 + decay + ... + decay^count): the weights of all batches so far sum to one."""
-        total = 0.0
-        for _ in range(min(count + 1, 2000)):  # beyond, the sum no longer changes for decay < 0.99
-            total = total * self.decay + 1.0
-        return 1.0 / (count + 1 if self.decay == 1 else total)
+        if self.decay == 1:
+            return 1.0 / (count + 1)
+        return (1.0 - self.decay) / (1.0 - self.decay ** (count + 1))
 
     def refresh(self, states: Mapping[str, State]) -> tuple[dict[str, State], Refreshed]:
         """Damped inverses of all factors, equal sizes in one batched call."""

@@ -42,10 +42,10 @@ BATCH_SIZE = 256
 EVALUATE_EVERY = 4
 STEP_LIMIT = {"sgd": 300, "kfac": 100}
 SGD_LRS = {0.9: tuple(2.0**-k for k in range(8, -1, -1)), 0.8: tuple(2.0**-k for k in range(5, -1, -1))}
-KFAC_LRS = (0.05, 0.1, 0.2)
-KFAC_DAMPINGS = (0.001, 0.003, 0.01)
+KFAC_LRS = (0.025, 0.05, 0.1)
+KFAC_DAMPINGS = (0.001, 0.003)
 KFAC_MOMENTUM = 0.5
-KFAC_FIXED = {"kl_clip": 1e-2, "inverse_every": 1}
+KFAC_FIXED: dict[str, Any] = {"kl_clip": 1e-2, "decay": 0.9, "inverse_every": 1}
 
 
 @final
@@ -174,6 +174,8 @@ def print_rows(rows: Sequence[Row], *, num_seeds: int, console: Console) -> None
         title=f"Steps to a training loss, digits, batch {BATCH_SIZE}, {num_seeds} seeds",
         caption="SGD-0.9: learning rate tuned. SGD-tuned: learning rate and momentum tuned.",
         box=box.SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for heading in ("loss", "method", "lr", "momentum", "damping", "steps", "range", "seconds", "ratio"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
