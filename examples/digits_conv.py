@@ -48,7 +48,7 @@ TASK = Task(
     batch_size=128,
     epochs=20,
     lr=0.1,
-    sgd_lr=0.1,
+    sgd_lr=0.2,
     methods={"kfac": kfac_fx.KFAC(damping=0.03)},
 )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kfac_fx.contracts import Method, Plan
+from kfac_fx.contracts import Plan
 from kfac_fx.types import LayerMatch, State
 
 
@@ -21,9 +21,9 @@ def gradient_names(plan: Plan) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def initial_state(plan: Plan, match: LayerMatch, method: Method) -> State:
+def initial_state(plan: Plan, match: LayerMatch) -> State:
     """State tensors of one layer as meta tensors: names, shapes, dtypes."""
-    return method.init(match, dtype=state_dtype(plan, match), device=torch.device("meta"))
+    return plan.method.init(match, dtype=state_dtype(plan, match), device=torch.device("meta"))
 
 
 def state_dtype(plan: Plan, match: LayerMatch) -> torch.dtype:

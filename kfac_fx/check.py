@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from kfac_fx import graph as fxgraph
 from kfac_fx.canonical import to_matrix
 from kfac_fx.contracts import Plan
-from kfac_fx.instrument import KINDS_BY_NAME, use_values
+from kfac_fx.functions import KINDS_BY_NAME, use_values
 from kfac_fx.layers.statistics import UseValues
 from kfac_fx.types import LayerMatch
 

@@ -7,7 +7,7 @@ captured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -21,18 +21,14 @@ from kfac_fx.canonical import (
     from_matrices,
     gradient_names,
     initial_state,
-    state_dtype,
     state_owner,
-    to_matrix,
 )
 from kfac_fx.contracts import Plan
-from kfac_fx.layers import KINDS
-from kfac_fx.layers.statistics import MatchStatistics, UseValues
-from kfac_fx.types import LayerMatch, State, Use
+from kfac_fx.functions import layer_function, statistics_function, use_nodes
+from kfac_fx.types import LayerMatch
 
 Variant = Literal["plain", "statistics", "gradients", "batch_statistics"]
 VARIANTS: tuple[Variant, ...] = ("plain", "statistics", "gradients", "batch_statistics")
-KINDS_BY_NAME = {kind.name: kind for kind in KINDS}
 
 
 @final
@@ -144,11 +140,11 @@ class _Writer:
 
     def _state_placeholders(self, averages: bool, preconditions: bool) -> list[tuple[str, str]]:
         """A placeholder per state tensor that the variant reads."""
-        method, created = self.plan.method, []
+        created: list[tuple[str, str]] = []
         if not (averages or preconditions):
             return created
         for match in self.plan.matched:
-            for name, tensor in initial_state(self.plan, match, method).items():
+            for name, tensor in initial_state(self.plan, match).items():
                 owner = state_owner(self.plan, match, name)
                 if (owner, name) in self.state_nodes:
                     continue
@@ -175,7 +171,7 @@ class _Writer:
         """Batch statistics of every layer beside its weight gradient; with `weight` folded into the state."""
         new: dict[tuple[str, str], Node] = {}
         for match in self.plan.matched:
-            nodes = _use_nodes(match)
+            nodes = use_nodes(match)
             anchor = self._after([self.map[n] for n in nodes] + [self.map[self.plan.capture.inverse_scale]])
             arguments = [self.map[n] for n in nodes] + [self.map[self.plan.capture.inverse_scale]]
             names = batch_names(self.plan, match)
@@ -186,7 +182,7 @@ class _Writer:
                 else [self.state_nodes[state_owner(self.plan, match, n), n] for n in wanted]
             )
             extra = [] if weight is None else [*states, weight]
-            function = _statistics_function(self.plan, match, wanted, weight is not None)
+            function = statistics_function(self.plan, match, wanted, weight is not None)
             sizes = ", ".join(f"{n} {_size(self.plan, match, n)}" for n in wanted)
             label = f"inserted, {sizes} of {match.name}"
             results = fxgraph.splice(
@@ -203,22 +199,47 @@ class _Writer:
         return self.output if last.op == "placeholder" else last.next
 
     def _precondition(self, rates: Node) -> dict[str, Node]:
-        """Replace each matched gradient by its preconditioned direction, then bound or restore the length of
-        all.
+        """Replace each matched gradient by its preconditioned direction.
+
+        Layer by layer; then the length of all is bounded or restored, and each goes back to its parameter.
         """
-        plan, new = self.plan, {}
-        capture = plan.capture
+        plan = self.plan
         names = gradient_names(plan)
-        read = [self.map[capture.gradients[name]] for name in names]
-        keys = list(self.state_nodes)
-        function = precondition_function(plan, keys)
-        label = f"inserted, preconditioned by {plan.method.name}"
+        read = {name: self.map[plan.capture.gradients[name]] for name in names}
+        matrices, directions = [], []
+        for match in plan.matched:
+            own = {name: read[name] for name in (match.weight, match.bias) if name is not None}
+            state = {n: self.state_nodes[state_owner(plan, match, n), n] for n in initial_state(plan, match)}
+            matrix, direction = fxgraph.splice(
+                self.module,
+                layer_function(plan, match, list(own), list(state)),
+                [*own.values(), *state.values()],
+                before=self.output,
+                label=f"inserted, preconditioned gradient of {match.name}",
+                source=match.source,
+            )
+            matrices.append(matrix)
+            directions.append(direction)
+
+        def rescale(*tensors: Tensor) -> list[Tensor]:
+            half = len(tensors) // 2
+            return plan.method.rescale(
+                list(tensors[:half]), list(tensors[half : 2 * half]), learning_rates=tensors[-1]
+            )
+
+        label = f"inserted, length of the update by {plan.method.name}"
+        arguments = [*directions, *matrices, rates]
+        directions = fxgraph.splice(self.module, rescale, arguments, before=self.output, label=label)
+
+        def back(*tensors: Tensor) -> list[Tensor]:
+            gradients = dict(zip(names, tensors, strict=False))
+            return list(from_matrices(plan, tensors[len(names) :], gradients).values())
+
+        label = "inserted, back to the parameters' shapes"
         results = fxgraph.splice(
-            self.module, function, [*read, *self.state_nodes.values(), rates], before=self.output, label=label
+            self.module, back, [*read.values(), *directions], before=self.output, label=label
         )
-        for name, node in zip(names, results, strict=True):
-            new[name] = node
-        return new
+        return dict(zip(names, results, strict=True))
 
 
 def _last_training_node(plan: Plan) -> Node:
@@ -228,80 +249,4 @@ def _last_training_node(plan: Plan) -> Node:
 
 
 def _size(plan: Plan, match: LayerMatch, name: str) -> str:
-    return "x".join(str(s) for s in initial_state(plan, match, plan.method)[name].shape)
-
-
-def _use_nodes(match: LayerMatch) -> list[Node]:
-    """Nodes that the statistics of a match read, in the order of `_use_values`."""
-    nodes: list[Node] = []
-    for use in match.uses:
-        nodes += [*([] if use.a is None else [use.a]), *use.operands, *fisher_gradients(use)]
-    return nodes
-
-
-def fisher_gradients(use: Use) -> tuple[Node, ...]:
-    """G of the passes that feed the Fisher: the later ones if there are any, else the training pass."""
-    return use.g[1:] or use.g
-
-
-def use_values(
-    match: LayerMatch, tensors: Sequence[Tensor], *, training: bool = False
-) -> tuple[UseValues, ...]:
-    """Give each use the values of its nodes. training: `g` of the training pass alone."""
-    source, values = iter(tensors), []
-    for use in match.uses:
-        a = None if use.a is None else next(source)
-        operands = tuple(next(source) for _ in use.operands)
-        count = 1 if training else len(fisher_gradients(use))
-        g = tuple(next(source) for _ in range(count))
-        values.append(UseValues(use=use, a=a, operands=operands, g=g))
-    return tuple(values)
-
-
-def _statistics_function(
-    plan: Plan, match: LayerMatch, wanted: list[str], averaged: bool
-) -> Callable[..., Sequence[Tensor]]:
-    num_nodes = len(_use_nodes(match))
-
-    def run(*tensors: Tensor) -> Sequence[Tensor]:
-        statistics = MatchStatistics(
-            match=match,
-            uses=use_values(match, tensors[:num_nodes]),
-            kinds=KINDS_BY_NAME,
-            inverse_scale=tensors[num_nodes],
-            sharing=plan.sharing,
-        )
-        dtype = state_dtype(plan, match)
-        batch = plan.method.batch_statistics(statistics, wanted)
-        batch = {name: value.to(dtype) for name, value in batch.items()}
-        if averaged:
-            state = dict(zip(wanted, tensors[num_nodes + 1 : -1], strict=True))
-            batch = plan.method.moving_average(state, batch, weight=tensors[-1])
-        return [batch[name] for name in wanted]
-
-    return run
-
-
-def precondition_function(plan: Plan, keys: Sequence[tuple[str, str]]) -> Callable[..., list[Tensor]]:
-    """(gradients of `gradient_names`, state tensors of `keys`, learning rates) -> preconditioned
-    gradients.
-    """
-    names = gradient_names(plan)
-
-    def run(*tensors: Tensor) -> list[Tensor]:
-        gradients = dict(zip(names, tensors[: len(names)], strict=True))
-        flat = dict(zip(keys, tensors[len(names) : -1], strict=True))
-        matrices = [to_matrix(match, gradients) for match in plan.matched]
-        directions = [
-            plan.method.precondition(_layer_state(plan, match, flat), matrix)
-            for match, matrix in zip(plan.matched, matrices, strict=True)
-        ]
-        directions = plan.method.rescale(directions, matrices, learning_rates=tensors[-1])
-        return list(from_matrices(plan, directions, gradients).values())
-
-    return run
-
-
-def _layer_state(plan: Plan, match: LayerMatch, flat: Mapping[tuple[str, str], Tensor]) -> State:
-    names = initial_state(plan, match, plan.method)
-    return {name: flat[state_owner(plan, match, name), name] for name in names}
+    return "x".join(str(s) for s in initial_state(plan, match)[name].shape)

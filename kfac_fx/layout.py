@@ -4,6 +4,7 @@ convolutions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
@@ -51,6 +52,28 @@ class Layout:
             else:
                 gradient = gradient.reshape(step.before)
         return gradient
+
+
+def simplified(steps: Iterable[Permute | View]) -> Layout:
+    """The layout of these steps with adjacent permutations joined and steps without effect dropped."""
+    kept: list[Permute | View] = []
+    for step in steps:
+        last = kept[-1] if kept else None
+        if isinstance(step, Permute) and isinstance(last, Permute):
+            kept[-1] = Permute(dims=tuple(last.dims[d] for d in step.dims))
+        elif isinstance(step, View) and isinstance(last, View):
+            kept[-1] = View(before=last.before, after=step.after)
+        else:
+            kept.append(step)
+        if _no_effect(kept[-1]):
+            kept.pop()
+    return Layout(steps=tuple(kept))
+
+
+def _no_effect(step: Permute | View) -> bool:
+    if isinstance(step, Permute):
+        return step.dims == tuple(range(len(step.dims)))
+    return step.before == step.after
 
 
 @final

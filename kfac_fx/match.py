@@ -16,7 +16,7 @@ from kfac_fx.assemble import Bias, Found, Part, finish, join_biases
 from kfac_fx.errors import Reason
 from kfac_fx.graph import getitem_source
 from kfac_fx.layers import KINDS, Facts, LayerKind, Product
-from kfac_fx.layout import Layout, Permute
+from kfac_fx.layout import Layout, Permute, simplified
 from kfac_fx.types import Capture, Matches, Parameter, Skip
 from kfac_fx.walk import Term, base_value, gradient_terms
 
@@ -196,7 +196,7 @@ def _one_layout(
     """All terms must write their canonical gradient into the parameter in the same way, or in the transposed
     one.
     """
-    layouts = [Layout(steps=(*product.steps, *term.steps)) for term, product in pairs]
+    layouts = [simplified((*product.steps, *term.steps)) for term, product in pairs]
     lead = next((i for i, (_, p) in enumerate(pairs) if p.structure == "diagonal"), 0)
     first = pairs[lead][1]
     swapped = []
@@ -237,7 +237,7 @@ def _transposed(product: Product, layout: Layout, first: Product, lead: Layout) 
         return False
     if (product.d_in, product.d_out) != (first.d_out, first.d_in) or product.structure != "kronecker":
         return False
-    exchange = Layout(steps=(Permute(dims=(0, 2, 1)), *layout.steps))
+    exchange = simplified((Permute(dims=(0, 2, 1)), *layout.steps))
     return _equal(exchange, lead, first)
 
 

@@ -21,7 +21,8 @@ from kfac_fx.canonical import gradient_names, initial_state, state_owner
 from kfac_fx.contracts import Method, Plan
 from kfac_fx.curvature import Curvature, Pending
 from kfac_fx.errors import KfacFxError
-from kfac_fx.instrument import Program, Variant, instrument, precondition_function
+from kfac_fx.functions import precondition_function
+from kfac_fx.instrument import Program, Variant, instrument
 from kfac_fx.lower import execution, lower, mutated_placeholders, resolve_backend
 from kfac_fx.trace import trace
 from kfac_fx.types import Fisher, LossFn, Sharing
@@ -293,6 +294,6 @@ def _state_keys(plan: Plan) -> list[tuple[str, str]]:
     keys = [
         (state_owner(plan, match, name), name)
         for match in plan.matched
-        for name in initial_state(plan, match, plan.method)
+        for name in initial_state(plan, match)
     ]
     return list(dict.fromkeys(keys))

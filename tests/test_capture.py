@@ -139,7 +139,9 @@ def test_batch_norm_in_a_checkpointed_region_counts_as_pytorch_does() -> None:
 
     model, x, y = Normed(), torch.randn(5, 4), torch.randint(3, (5,))
     other = twin(model)
-    step = kfac_fx.compile(model, F.cross_entropy, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), backend="eager")
+    step = kfac_fx.compile(
+        model, F.cross_entropy, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), backend="eager"
+    )
     for _ in range(2):
         step(x, y)
         F.cross_entropy(other(x), y).backward()
@@ -168,7 +170,10 @@ class Everything(nn.Module):
 
 
 def dictionary_loss(outputs: dict[str, Tensor], targets: dict[str, Any]) -> Tensor:
-    return F.cross_entropy(outputs["logits"], targets["labels"]) + targets["weight"] * outputs["hidden"].square().mean()
+    return (
+        F.cross_entropy(outputs["logits"], targets["labels"])
+        + targets["weight"] * outputs["hidden"].square().mean()
+    )
 
 
 def dictionary_batch(*, flip: bool = False, weight: float = 0.1) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -344,7 +349,9 @@ def test_autocast_in_the_model_and_around_it_gives_pytorchs_gradients() -> None:
         expected = dict(zip(dict(model.named_parameters()), found, strict=True))
         same(evaluate(plan, model, x, y), (loss.detach(), expected))
         assert plan.coverage == 1.0
-        dtypes = {node.meta["val"].dtype for node in plan.capture.data if isinstance(node.meta.get("val"), Tensor)}
+        dtypes = {
+            node.meta["val"].dtype for node in plan.capture.data if isinstance(node.meta.get("val"), Tensor)
+        }
         assert torch.bfloat16 in dtypes
 
 
@@ -365,7 +372,9 @@ class OwnLoss(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> Any:
         logits = self.layer(x)
         loss = F.cross_entropy(logits, labels)
-        return {"attribute": Output(loss, logits), "key": {"loss": loss, "logits": logits}, "alone": loss}[self.form]
+        return {"attribute": Output(loss, logits), "key": {"loss": loss, "logits": logits}, "alone": loss}[
+            self.form
+        ]
 
 
 @pytest.mark.parametrize("form", ["attribute", "key", "alone"])

@@ -21,7 +21,7 @@ LAYERS = (
     ("passes", "layers", "methods"),
     ("record", "assemble"),
     ("capture", "match"),
-    ("plan",),
+    ("plan", "functions"),
     ("trace", "instrument", "curvature", "guards"),
     ("lower", "check"),
     ("step",),

@@ -138,7 +138,9 @@ def test_the_plan_states_the_kind_and_reduction_of_the_loss(case: str) -> None:
         assert plan.capture.loss_info.reduction == "sum"
 
 
-@pytest.mark.parametrize("case", ["ignored labels", "class weights", "none, then a masked mean", "positive weight"])
+@pytest.mark.parametrize(
+    "case", ["ignored labels", "class weights", "none, then a masked mean", "positive weight"]
+)
 def test_sampled_labels_average_to_the_exact_factor(case: str) -> None:
     """One example repeated, so that one batch holds many draws: the mean over draws is within Monte Carlo error."""
     loss_fn, targets = ALL[case]
@@ -184,7 +186,9 @@ def test_ignored_positions_of_a_sequence_do_not_enter_a() -> None:
     model, x = Positions().double(), torch.randn(3, 4, 4, dtype=torch.float64)
     kept = IGNORED.flatten() != -100
     x.flatten(0, 1)[~kept] = 50.0
-    found = batch_factors(model, F.cross_entropy, x, IGNORED, fisher="type2", sharing="expand")["layer.weight"]
+    found = batch_factors(model, F.cross_entropy, x, IGNORED, fisher="type2", sharing="expand")[
+        "layer.weight"
+    ]
     rows = x.flatten(0, 1)[kept]
     rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
     assert relative_error(found["A"][0], rows.T @ rows / len(rows)) < TOLERANCE
@@ -227,7 +231,9 @@ def test_two_heads_add_their_curvature_in_the_body_and_keep_their_own(fisher: st
         model, two_heads_loss, x.repeat(copies, 1), LABELS.repeat(copies), fisher=fisher, sharing="expand"
     )
     for name in expected:
-        assert relative_error(found[name]["G"], expected[name]["G"]) < (TOLERANCE if fisher == "type2" else 0.05)
+        assert relative_error(found[name]["G"], expected[name]["G"]) < (
+            TOLERANCE if fisher == "type2" else 0.05
+        )
 
 
 def test_a_loss_computed_for_display_only_does_not_count() -> None:

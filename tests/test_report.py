@@ -18,12 +18,12 @@ from torch.fx import GraphModule
 
 import kfac_fx
 from kfac_fx import report
+from kfac_fx.contracts import Plan
 from kfac_fx.errors import Reason, UnknownNameError
 from kfac_fx.instrument import instrument
 from kfac_fx.report import rows, table, text
 from kfac_fx.report.program import WIDTH, wrapped
 from kfac_fx.target import load_target
-from kfac_fx.contracts import Plan
 from kfac_fx.types import LayerMatch
 
 GOLDEN = Path(__file__).parent / "golden"

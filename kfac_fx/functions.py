@@ -1,0 +1,115 @@
+"""The torch functions that `instrument` traces into a graph and `step` runs on its own: statistics and precondition.
+
+Enters: a plan and tensors in a stated order. Leaves: tensors. No graph is read or written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+from torch.fx import Node
+
+from kfac_fx.canonical import (
+    from_matrices,
+    gradient_names,
+    initial_state,
+    state_dtype,
+    state_owner,
+    to_matrix,
+)
+from kfac_fx.contracts import Plan
+from kfac_fx.layers import KINDS
+from kfac_fx.layers.statistics import MatchStatistics, UseValues
+from kfac_fx.types import LayerMatch, State, Use
+
+KINDS_BY_NAME = {kind.name: kind for kind in KINDS}
+
+
+def layer_function(
+    plan: Plan, match: LayerMatch, names: list[str], state_names: list[str]
+) -> Callable[..., Sequence[Tensor]]:
+    """(gradients of weight and bias, state tensors) -> canonical gradient and direction of one layer."""
+
+    def run(*tensors: Tensor) -> Sequence[Tensor]:
+        matrix = to_matrix(match, dict(zip(names, tensors, strict=False)))
+        state = dict(zip(state_names, tensors[len(names) :], strict=True))
+        return matrix, plan.method.precondition(state, matrix)
+
+    return run
+
+
+def use_nodes(match: LayerMatch) -> list[Node]:
+    """Nodes that the statistics of a match read, in the order of `_use_values`."""
+    nodes: list[Node] = []
+    for use in match.uses:
+        nodes += [*([] if use.a is None else [use.a]), *use.operands, *fisher_gradients(use)]
+    return nodes
+
+
+def fisher_gradients(use: Use) -> tuple[Node, ...]:
+    """The `g` of the passes that feed the Fisher: the later ones if there are any, else the training pass."""
+    return use.g[1:] or use.g
+
+
+def use_values(
+    match: LayerMatch, tensors: Sequence[Tensor], *, training: bool = False
+) -> tuple[UseValues, ...]:
+    """Give each use the values of its nodes. training: `g` of the training pass alone."""
+    source, values = iter(tensors), []
+    for use in match.uses:
+        a = None if use.a is None else next(source)
+        operands = tuple(next(source) for _ in use.operands)
+        count = 1 if training else len(fisher_gradients(use))
+        g = tuple(next(source) for _ in range(count))
+        values.append(UseValues(use=use, a=a, operands=operands, g=g))
+    return tuple(values)
+
+
+def statistics_function(
+    plan: Plan, match: LayerMatch, wanted: list[str], averaged: bool
+) -> Callable[..., Sequence[Tensor]]:
+    num_nodes = len(use_nodes(match))
+
+    def run(*tensors: Tensor) -> Sequence[Tensor]:
+        statistics = MatchStatistics(
+            match=match,
+            uses=use_values(match, tensors[:num_nodes]),
+            kinds=KINDS_BY_NAME,
+            inverse_scale=tensors[num_nodes],
+            sharing=plan.sharing,
+        )
+        dtype = state_dtype(plan, match)
+        batch = plan.method.batch_statistics(statistics, wanted)
+        batch = {name: value.to(dtype) for name, value in batch.items()}
+        if averaged:
+            state = dict(zip(wanted, tensors[num_nodes + 1 : -1], strict=True))
+            batch = plan.method.moving_average(state, batch, weight=tensors[-1])
+        return [batch[name] for name in wanted]
+
+    return run
+
+
+def precondition_function(plan: Plan, keys: Sequence[tuple[str, str]]) -> Callable[..., list[Tensor]]:
+    """(gradients of `gradient_names`, state tensors of `keys`, learning rates) -> preconditioned
+    gradients.
+    """
+    names = gradient_names(plan)
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        gradients = dict(zip(names, tensors[: len(names)], strict=True))
+        flat = dict(zip(keys, tensors[len(names) : -1], strict=True))
+        matrices = [to_matrix(match, gradients) for match in plan.matched]
+        directions = [
+            plan.method.precondition(_layer_state(plan, match, flat), matrix)
+            for match, matrix in zip(plan.matched, matrices, strict=True)
+        ]
+        directions = plan.method.rescale(directions, matrices, learning_rates=tensors[-1])
+        return list(from_matrices(plan, directions, gradients).values())
+
+    return run
+
+
+def _layer_state(plan: Plan, match: LayerMatch, flat: Mapping[tuple[str, str], Tensor]) -> State:
+    names = initial_state(plan, match)
+    return {name: flat[state_owner(plan, match, name), name] for name in names}
