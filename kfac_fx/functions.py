@@ -1,4 +1,4 @@
-"""The torch functions that `instrument` traces into a graph and `step` runs on its own: statistics and precondition.
+"""The torch functions that `instrument` traces into a graph and `step` runs alone: statistics and precondition.
 
 Enters: a plan and tensors in a stated order. Leaves: tensors. No graph is read or written here.
 """
@@ -69,6 +69,7 @@ def use_values(
 def statistics_function(
     plan: Plan, match: LayerMatch, wanted: list[str], averaged: bool
 ) -> Callable[..., Sequence[Tensor]]:
+    """(nodes of `use_nodes`, 1/R_, and if `averaged` the old state and the weight) -> statistics."""
     num_nodes = len(use_nodes(match))
 
     def run(*tensors: Tensor) -> Sequence[Tensor]:
