@@ -1,4 +1,4 @@
-"""The torch functions that `instrument` traces into a graph and `step` runs alone: statistics and precondition.
+"""The torch functions that `instrument` traces into a graph and `step` runs alone: statistics, precondition.
 
 Enters: a plan and tensors in a stated order. Leaves: tensors. No graph is read or written here.
 """
