@@ -1,4 +1,4 @@
-"""The captured graph: same loss and gradients as autograd, at other parameters, with the names and lines of the user."""
+"""The captured graph: autograd's loss and gradients at any parameters, the user's names and lines."""
 
 import contextlib
 import inspect

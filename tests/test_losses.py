@@ -1,7 +1,7 @@
 """R_ and the Fisher's seeds of every known loss, against Hessians of the loss by double backward.
 
-The reference needs no table of losses: G = sum of J^T H J, with H the Hessian of the WHOLE loss with respect to the
-outputs and J the Jacobian of the outputs with respect to a layer's output.
+The reference needs no table of losses: G = sum of J^T H J, with H the Hessian of the WHOLE loss with respect
+to the outputs and J the Jacobian of the outputs with respect to a layer's output.
 """
 
 from collections.abc import Callable
@@ -142,7 +142,7 @@ def test_the_plan_states_the_kind_and_reduction_of_the_loss(case: str) -> None:
     "case", ["ignored labels", "class weights", "none, then a masked mean", "positive weight"]
 )
 def test_sampled_labels_average_to_the_exact_factor(case: str) -> None:
-    """One example repeated, so that one batch holds many draws: the mean over draws is within Monte Carlo error."""
+    """Each example repeated, so that one batch holds many draws: their mean is within Monte Carlo error."""
     loss_fn, targets = ALL[case]
     copies = 3000
     model, x = nn.Linear(4, C).double(), inputs()
@@ -182,7 +182,7 @@ def test_ignored_positions_of_a_sequence_weigh_nothing_in_g(fisher: str) -> None
 
 
 def test_ignored_positions_of_a_sequence_do_not_enter_a() -> None:
-    """A row whose term is ignored is masked, and the mean runs over the kept terms alone (padding is no data)."""
+    """A row whose term is ignored is masked; the mean runs over the kept terms alone (padding is no data)."""
     model, x = Positions().double(), torch.randn(3, 4, 4, dtype=torch.float64)
     kept = IGNORED.flatten() != -100
     x.flatten(0, 1)[~kept] = 50.0

@@ -1,8 +1,8 @@
-"""`TrainStep` against plain PyTorch: same numbers with the identity as method, through every optimizer and mode.
+"""`TrainStep` against plain PyTorch: the same numbers with the identity as its method.
 
-Bit-identical means: parameters, buffers and losses after 20 steps are the same bits, on the eager backend, while
-statistics and inverses are collected on their schedules. Where PyTorch itself would run another kernel than the
-traced graph the test says so and uses a tolerance.
+Bit-identical means: parameters, buffers and losses after 20 steps are the same bits, on the eager backend,
+while statistics and inverses are collected on their schedules. Where PyTorch itself would run another kernel
+than the traced graph the test says so and uses a tolerance.
 """
 
 from collections.abc import Callable
@@ -225,8 +225,8 @@ def test_a_recurrent_network_is_bit_identical_to_pytorchs_own_decomposition() ->
     with torch.backends.mkldnn.flags(enabled=False):
         ours, plain = both(model, batches, sgd)
     assert differing(ours, plain) == []
-    # PyTorch's default on a CPU is oneDNN's fused LSTM kernel, which rounds in another order than the matmuls that
-    # a graph can show. So here only float32 rounding can be asked for.
+    # PyTorch's default on a CPU is oneDNN's fused LSTM kernel, which rounds in another order than the matmuls
+    # that a graph can show. So here only float32 rounding can be asked for.
     ours, plain = both(fused, batches, sgd)
     assert distance(ours, plain) < 1e-6
 
@@ -343,7 +343,7 @@ def test_one_graph_per_variant_and_no_recompilation_when_the_learning_rate_chang
             step(torch.randn(5, 3), torch.randint(2, (5,)))
             scheduler.step()
     counters = torch._dynamo.utils.counters
-    # "plain", "statistics", and "batch_statistics", whose statistics are folded and inverted before they are applied
+    # "plain", "statistics", and "batch_statistics", whose statistics are inverted before they are applied
     assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]
 
@@ -392,7 +392,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum cross-entropy": nn.CrossEntropyLoss(reduction="sum"),
     "mean squared error": lambda f, y: F.mse_loss(f, F.one_hot(y, f.shape[1]).movedim(-1, 1).to(f.dtype)),
     "weighted, with ignored labels": nn.CrossEntropyLoss(
-        weight=torch.arange(1.0, 12.0).double(), ignore_index=1
+        weight=torch.arange(1.0, 5.0).double(), ignore_index=1
     ),
     "an unknown mean": lambda f, y: (f.gather(1, y.unsqueeze(1)) ** 4).mean(),
 }

@@ -1,7 +1,8 @@
 """The universal property on every model of the zoo: gradient = product of the `a` and `g` that were matched.
 
-Each model is captured once, in float64, on one batch and one set of parameters. Everything is then evaluated on OTHER
-parameters and ANOTHER batch of the same shapes, against plain autograd: what tracing had baked in as a constant fails.
+Each model is captured once, in float64, on one batch and one set of parameters. Everything is then evaluated
+on OTHER parameters and ANOTHER batch of the same shapes, against plain autograd: a constant baked in while
+tracing fails.
 """
 
 import copy
@@ -21,8 +22,8 @@ from tests import zoo
 TOLERANCE = 1e-10
 # These models cast to float32 inside whatever the model's type is, so both sides carry float32 rounding.
 FLOAT32_INSIDE = {"mamba": 1e-6}
-# A gradient that is zero in theory (the key's bias under softmax) is rounding noise: its error is measured against
-# this share of the norm of all gradients.
+# A gradient that is zero in theory (the key's bias under softmax) is rounding noise: its error is measured
+# against this share of the norm of all gradients.
 SMALL = 1e-4
 
 
@@ -46,7 +47,7 @@ def tensors_of(example: zoo.Example) -> list[Tensor]:
 
 
 def another(tensor: Tensor) -> Tensor:
-    """Other values of the same kind: drawn anew, tokens and labels from those present, masks from other rows."""
+    """Other values: floats drawn anew, tokens and labels from those present, masks from other rows."""
     if tensor.is_floating_point():
         return torch.randn_like(tensor)
     if tensor.dtype is torch.bool or tensor.max() <= 1:

@@ -23,7 +23,7 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """K-FAC whose statistics and inverses are computed as ever, but whose direction is the gradient itself."""
+    """K-FAC with its statistics and inverses, but the direction is the gradient itself."""
 
     inner: kfac_fx.KFAC = field(default_factory=lambda: kfac_fx.KFAC(statistics_every=3, inverse_every=7))
     name: str = "identity"
