@@ -154,7 +154,7 @@ def _explain(error: Exception, model: nn.Module, batch: Batch) -> CaptureError:
 
 def _user_line(error: Exception) -> str:
     own = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
-    return f"at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else "in the backward pass"
+    return f"at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else "inside a module of torch"
 
 
 def _is_library(filename: str) -> bool:

@@ -6,7 +6,7 @@ Enters: plans (which layers exist) and new statistics. Leaves: state tensors for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -29,35 +29,42 @@ class Curvature:
         self._method = method
         self._tensors: dict[Key, Tensor] = {}
         self._layers: dict[str, dict[str, Key]] = {}
+        self._counts: dict[str, int] = {}
         self._loaded: dict[str, State] = {}
-        self._count = 0
         self.retried = 0
         self.kept_last = 0
 
     @property
     def empty(self) -> bool:
-        """Whether no statistics have been collected."""
-        return self._count == 0
+        """Whether some layer has no statistics yet."""
+        return not all(self._counts.get(key) for key in self._layers)
 
     def tensor(self, key: str, name: str) -> Tensor:
         """One state tensor."""
         return self._tensors[key, name]
 
-    def replace(self, new: Mapping[Key, Tensor]) -> None:
+    def replace(self, plan: Plan, new: Mapping[Key, Tensor]) -> None:
         """Take the moving averages that a program has computed."""
         self._tensors.update(new)
-        self._count += 1
+        for match in plan.matched:
+            self._counts[match.key] = self._counts.get(match.key, 0) + 1
 
-    def next_weight(self) -> Tensor:
-        """Share of the next batch in the moving averages, 0-dim, on the state's device."""
-        first = next(iter(self._tensors.values()))
-        return torch.tensor(self._method.new_weight(self._count), dtype=first.dtype, device=first.device)
+    def next_weights(self, plan: Plan) -> Tensor:
+        """Share of the next batch in the moving averages of each layer of the plan: [layers].
+
+        Layers count for themselves, since a layer may appear late (unfrozen, another mode).
+        """
+        scale = plan.capture.inverse_scale.meta["val"]
+        weights = [self._method.new_weight(self._counts.get(match.key, 0)) for match in plan.matched]
+        return torch.tensor(weights, dtype=scale.dtype, device=scale.device)
 
     def adopt(self, plan: Plan) -> None:
         """Make state for layers that are new; check that known ones fit.
 
-        Loaded tensors are taken where they belong.
+        Loaded tensors are taken where they belong, once.
         """
+        new: dict[Key, Tensor] = {}
+        layers: dict[str, dict[str, Key]] = {}
         for match in plan.matched:
             device = torch.device(match.uses[0].g[0].meta["val"].device)
             fresh = self._method.init(match, dtype=state_dtype(plan, match), device=device)
@@ -69,8 +76,12 @@ class Curvature:
                     present = self._fit(match, name, loaded, tensor)
                 if present is not None and present.shape != tensor.shape:
                     raise StateError(_misfit(match, name, present, tensor))
-                self._tensors[places[name]] = tensor if present is None else present
-            self._layers[match.key] = places
+                new[places[name]] = tensor if present is None else present
+            layers[match.key] = places
+        self._tensors.update(new)
+        self._layers.update(layers)
+        for key in layers:
+            self._loaded.pop(key, None)
 
     def _fit(self, match: LayerMatch, name: str, loaded: State, fresh: Tensor) -> Tensor:
         if name not in loaded:
@@ -82,21 +93,23 @@ class Curvature:
 
     def fold(self, plan: Plan, batch: Mapping[Key, Tensor]) -> None:
         """Fold accumulated batch statistics into the moving averages."""
-        weight = self.next_weight()
-        keys: dict[str, dict[str, Tensor]] = {}
-        for (key, name), tensor in batch.items():
-            keys.setdefault(key, {})[name] = tensor
-        for key, tensors in keys.items():
-            state = {name: self._tensors[key, name] for name in tensors}
-            for name, tensor in self._method.moving_average(state, tensors, weight=weight).items():
-                self._tensors[key, name] = tensor
-        self._count += 1
+        weights = self.next_weights(plan)
+        for index, match in enumerate(plan.matched):
+            names = [
+                n for n in self._method.statistics_names(match) if state_owner(plan, match, n) == match.key
+            ]
+            tensors = {name: batch[match.key, name] for name in names}
+            state = {name: self._tensors[match.key, name] for name in names}
+            averaged = self._method.moving_average(state, tensors, weight=weights[index])
+            self._tensors.update({(match.key, name): tensor for name, tensor in averaged.items()})
+            self._counts[match.key] = self._counts.get(match.key, 0) + 1
 
     def refresh(self) -> None:
-        """New inverses of all layers."""
+        """New inverses of all layers that have statistics."""
         states = {
             key: {name: self._tensors[place] for name, place in places.items()}
             for key, places in self._layers.items()
+            if self._counts.get(key)
         }
         new, refreshed = self._method.refresh(states)
         for key, tensors in new.items():
@@ -113,18 +126,26 @@ class Curvature:
         layers = {
             key: {n: self._tensors[p] for n, p in places.items()} for key, places in self._layers.items()
         }
-        counts = {"statistics": self._count, "retried": self.retried, "kept_last": self.kept_last}
+        counts = {"statistics": dict(self._counts), "retried": self.retried, "kept_last": self.kept_last}
         return {"curvature": {**self._loaded, **layers}, "counts": counts}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep the tensors until a plan says where they belong; known layers take them at `adopt`."""
-        unknown = [key for key in self._layers if key not in state["curvature"]]
-        if unknown:
-            raise StateError(f"the saved state has no curvature for: {', '.join(sorted(unknown))}.")
-        self._loaded = {key: dict(tensors) for key, tensors in state["curvature"].items()}
-        counts = state["counts"]
-        self._count, self.retried = int(counts["statistics"]), int(counts["retried"])
-        self.kept_last = int(counts["kept_last"])
+    def load_state_dict(self, state: Mapping[str, Any], plans: Sequence[Plan]) -> None:
+        """Take a saved state; layers that no plan has shown yet keep their tensors until one does.
+
+        plans: captures that exist. Raises `StateError` before anything is changed.
+        """
+        probe = Curvature(self._method)
+        probe._loaded = {key: dict(tensors) for key, tensors in state["curvature"].items()}
+        missing = [match.key for plan in plans for match in plan.matched if match.key not in probe._loaded]
+        if missing:
+            raise StateError(f"the saved state has no curvature for: {', '.join(sorted(set(missing)))}.")
+        probe._counts = {key: int(count) for key, count in state["counts"]["statistics"].items()}
+        for plan in plans:
+            probe.adopt(plan)
+        self._tensors, self._layers = probe._tensors, probe._layers
+        self._counts, self._loaded = probe._counts, probe._loaded
+        self.retried = int(state["counts"]["retried"])
+        self.kept_last = int(state["counts"]["kept_last"])
 
 
 def _misfit(match: LayerMatch, name: str, found: Tensor, wanted: Tensor) -> str:

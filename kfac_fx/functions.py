@@ -67,10 +67,13 @@ def use_values(
 
 
 def statistics_function(
-    plan: Plan, match: LayerMatch, wanted: list[str], averaged: bool
+    plan: Plan, match: LayerMatch, wanted: list[str], index: int | None
 ) -> Callable[..., Sequence[Tensor]]:
-    """(nodes of `use_nodes`, 1/R_, and if `averaged` the old state and the weight) -> statistics."""
-    num_nodes = len(use_nodes(match))
+    """(nodes of `use_nodes`, 1/R_, kept terms if any, old state and the layers' weights) -> statistics.
+
+    index: the layer's place among the weights; None: statistics of the batch alone, without old state.
+    """
+    num_nodes, masked = len(use_nodes(match)), plan.capture.kept is not None
 
     def run(*tensors: Tensor) -> Sequence[Tensor]:
         statistics = MatchStatistics(
@@ -79,13 +82,14 @@ def statistics_function(
             kinds=KINDS_BY_NAME,
             inverse_scale=tensors[num_nodes],
             sharing=plan.sharing,
+            kept=tensors[num_nodes + 1] if masked else None,
         )
         dtype = state_dtype(plan, match)
         batch = plan.method.batch_statistics(statistics, wanted)
         batch = {name: value.to(dtype) for name, value in batch.items()}
-        if averaged:
-            state = dict(zip(wanted, tensors[num_nodes + 1 : -1], strict=True))
-            batch = plan.method.moving_average(state, batch, weight=tensors[-1])
+        if index is not None:
+            state = dict(zip(wanted, tensors[num_nodes + 1 + masked : -1], strict=True))
+            batch = plan.method.moving_average(state, batch, weight=tensors[-1][index])
         return [batch[name] for name in wanted]
 
     return run

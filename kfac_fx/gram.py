@@ -24,10 +24,15 @@ from kfac_fx.types import Sharing
 @final
 @dataclass(frozen=True, kw_only=True)
 class InputRows:
-    """Inputs of one use. ones: whether the bias column of ones belongs to it. rows: [groups, N, T, d]."""
+    """Inputs of one use.
+
+    ones: whether the bias column of ones belongs to it. rows: [groups, N, T, d]. kept: [N, T], 1 for rows that count
+    and 0 for rows to leave out, or None for all.
+    """
 
     rows: Tensor
     ones: bool
+    kept: Tensor | None = None
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,9 +52,22 @@ def input_moment(uses: Sequence[InputRows], *, sharing: Sharing, bias: bool) -> 
         mean = _total([_wide(use.rows).sum(2, keepdim=True) for use in uses]) / positions
         share = sum(use.rows.shape[2] for use in uses if use.ones) / positions
         return _moment(mean, bias=share if bias else None) / mean.shape[1]
-    count = sum(use.rows.shape[1] * use.rows.shape[2] for use in uses)
-    moments = [_moment(_wide(use.rows), bias=float(use.ones) if bias else None) for use in uses]
-    return _total(moments) / count
+    counts = [_count(use) for use in uses]
+    moments = [_input_moment(use, count, bias=bias) for use, count in zip(uses, counts, strict=True)]
+    return _total(moments) / sum(counts[1:], start=counts[0])
+
+
+def _count(use: InputRows) -> Tensor | int:
+    if use.kept is None:
+        return use.rows.shape[1] * use.rows.shape[2]
+    return use.kept.sum().clamp(min=1)
+
+
+def _input_moment(use: InputRows, count: Tensor | int, *, bias: bool) -> Tensor:
+    rows = _wide(use.rows)
+    if use.kept is not None:
+        rows = rows * use.kept.to(rows.dtype).unsqueeze(-1)
+    return _moment(rows, bias=float(use.ones) if bias else None, count=count)
 
 
 def output_moment(uses: Sequence[Tensor], inverse_scale: Tensor, *, sharing: Sharing) -> Tensor:
@@ -155,10 +173,10 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _moment(rows: Tensor, *, bias: float | None) -> Tensor:
-    """Sum of row^T row: [groups, N, T, d] -> [groups, d(+1), d(+1)]; bias.
+def _moment(rows: Tensor, *, bias: float | None, count: Tensor | int | None = None) -> Tensor:
+    """Sum of row^T row: [groups, N, T, d] -> [groups, d(+1), d(+1)].
 
-    The value of the extra coordinate.
+    bias: the value of the extra coordinate. count: in how many rows it stands (None: in all).
     """
     flat = rows.reshape(rows.shape[0], -1, rows.shape[-1])
     gram = (flat[0].mT @ flat[0]).unsqueeze(0) if flat.shape[0] == 1 else flat.mT @ flat
@@ -166,5 +184,5 @@ def _moment(rows: Tensor, *, bias: float | None) -> Tensor:
         return gram
     column = flat.sum(1).unsqueeze(-1)
     column = column if bias == 1.0 else column * bias
-    corner = torch.full_like(column[:, :1], flat.shape[1] * bias * bias)
+    corner = torch.ones_like(column[:, :1]) * (flat.shape[1] if count is None else count) * (bias * bias)
     return torch.cat([torch.cat([gram, column], 2), torch.cat([column.mT, corner], 2)], 1)

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from kfac_fx.errors import CaptureError
 from kfac_fx.types import Source
 
 aten = torch.ops.aten
@@ -49,7 +50,29 @@ def value(node: Node) -> Tensor:
 
 def shape(node: Node) -> tuple[int, ...]:
     """Static shape of the node's value."""
-    return tuple(int(size) for size in value(node).shape)
+    sizes = value(node).shape
+    if any(not isinstance(size, int) for size in sizes):
+        source = _source_behind(node)
+        where = f"at {source.file}:{source.line} ({source.code})" if source else f"at node {node.name}"
+        raise CaptureError(
+            f"the number of rows of a tensor depends on the data, {where}. Keep all rows and multiply by a mask."
+        )
+    return tuple(int(size) for size in sizes)
+
+
+def _source_behind(node: Node) -> Source | None:
+    """The user's line of the node, or of the nearest node that it reads."""
+    queue, seen = [node], {node}
+    while queue:
+        current = queue.pop(0)
+        source = user_source(current.meta.get("stack_trace"))
+        if source is not None:
+            return source
+        for read in current.all_input_nodes:
+            if read not in seen:
+                seen.add(read)
+                queue.append(read)
+    return None
 
 
 def descendants(seeds: Iterable[Node]) -> frozenset[Node]:

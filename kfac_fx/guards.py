@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from kfac_fx.batch import Batch
+from kfac_fx.contracts import Plan
 from kfac_fx.errors import (
     InputError,
+    KfacFxError,
     ModelChangedError,
     NonFiniteLossError,
     OptimizerMismatchError,
@@ -100,11 +103,61 @@ def check_finite(loss: Tensor) -> None:
         )
 
 
-def check_state(state: Mapping[str, Any]) -> None:
-    """Raise `StateError` if `state` is not what `state_dict` returned."""
+def check_state(state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise `StateError` if `state` was not saved by `state_dict` of a step of this model and optimizer."""
     missing = [key for key in ("step", "curvature", "counts", "optimizer") if key not in state]
     if missing:
         raise StateError(f"this is not a state of TrainStep.state_dict(): it lacks {', '.join(missing)}.")
+    names = [name for name, _ in model.named_parameters()]
+    foreign = sorted(key for key in state["curvature"] if key.split("[")[0] not in names)
+    if foreign:
+        raise StateError(
+            f"the saved state belongs to another model: it has curvature for {', '.join(foreign[:5])}; "
+            f"this model's parameters are {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
+        )
+    saved = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    if saved != own:
+        raise StateError(
+            f"the saved optimizer has parameter groups of {saved} tensors, this one of {own}: "
+            "build the optimizer as it was when the state was saved."
+        )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise `KfacFxError` if there is nothing to train."""
+    if next(model.parameters(), None) is None:
+        raise KfacFxError(f"{type(model).__name__} has no parameters: there is nothing to train.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise KfacFxError(
+            f"{type(model).__name__} has no trainable parameters: call requires_grad_(True) on those to train."
+        )
+
+
+def first_run(
+    run: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], plan: Plan
+) -> tuple[Tensor, ...]:
+    """Run a program for the first time: what fake tensors do not check (dtypes, index ranges) shows here.
+
+    Raises `InputError` in place of the operator's own error.
+    """
+    try:
+        return tuple(run(*tensors))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        first = str(error).strip().splitlines()[0]
+        dtypes = [sorted({_dtype(n) for n in nodes}) for nodes in (plan.capture.inputs, plan.capture.targets)]
+        own = sorted({str(p.dtype).removeprefix("torch.") for p in plan.capture.parameters})
+        raise InputError(
+            f"{plan.capture.model_name} cannot run on this batch: {first}. Parameters are {', '.join(own)}, inputs "
+            f"{', '.join(dtypes[0]) or 'none'}, targets {', '.join(dtypes[1]) or 'none'}: cast the batch with "
+            ".to(dtype) to what the model and loss_fn expect, and check that indices are in range."
+        ) from error
+
+
+def _dtype(node: Node) -> str:
+    return str(node.meta["val"].dtype).removeprefix("torch.")
 
 
 def check_exclude(patterns: tuple[str, ...], model: nn.Module) -> None:

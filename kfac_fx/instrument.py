@@ -36,7 +36,7 @@ VARIANTS: tuple[Variant, ...] = ("plain", "statistics", "gradients", "batch_stat
 class Program:
     """One variant of the training step.
 
-    module: placeholders are those of the capture, then `state_inputs` in order, then `weight` (0-dim, share
+    module: placeholders are those of the capture, then `state_inputs` in order, then `weights` ([layers], share
     of the new batch in the moving averages) and `learning_rates` ([layers]) where the variant uses them.
     Outputs: loss, 1/R_, gradients in the order of `gradients`, then new tensors in the order of
     `state_outputs`.
@@ -83,7 +83,7 @@ class _Writer:
         self._label_matches()
         inputs = self._state_placeholders(averages, preconditions)
         weight = (
-            self._placeholder("weight", (), "share of this batch in the moving averages")
+            self._placeholder("weights", (len(self.plan.matched),), "share of this batch, per layer")
             if averages
             else None
         )
@@ -170,10 +170,12 @@ class _Writer:
     def _statistics(self, weight: Node | None) -> dict[tuple[str, str], Node]:
         """Batch statistics of every layer beside its weight gradient; with `weight` folded into the state."""
         new: dict[tuple[str, str], Node] = {}
-        for match in self.plan.matched:
+        for index, match in enumerate(self.plan.matched):
             nodes = use_nodes(match)
-            anchor = self._after([self.map[n] for n in nodes] + [self.map[self.plan.capture.inverse_scale]])
-            arguments = [self.map[n] for n in nodes] + [self.map[self.plan.capture.inverse_scale]]
+            kept = self.plan.capture.kept
+            read = [*nodes, self.plan.capture.inverse_scale, *([] if kept is None else [kept])]
+            arguments = [self.map[n] for n in read]
+            anchor = self._after(arguments)
             names = batch_names(self.plan, match)
             wanted = [name for name in names if (state_owner(self.plan, match, name), name) not in new]
             states = (
@@ -182,7 +184,7 @@ class _Writer:
                 else [self.state_nodes[state_owner(self.plan, match, n), n] for n in wanted]
             )
             extra = [] if weight is None else [*states, weight]
-            function = statistics_function(self.plan, match, wanted, weight is not None)
+            function = statistics_function(self.plan, match, wanted, None if weight is None else index)
             sizes = ", ".join(f"{n} {_size(self.plan, match, n)}" for n in wanted)
             label = f"inserted, {sizes} of {match.name}"
             results = fxgraph.splice(

@@ -40,6 +40,11 @@ class LossCall:
     factor: float
 
     @property
+    def can_ignore(self) -> bool:
+        """Whether terms with weight zero are ignored targets."""
+        return self.kind == "cross_entropy" and self.term_weight is not None
+
+    @property
     def num_terms(self) -> int:
         """Number of loss terms.
 
@@ -89,14 +94,20 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> LossCall:
     class_dim = 0 if input.dim() == 1 else 1
-    if target.shape == input.shape:  # class probabilities: every term counts once
-        terms = input.numel() // max(input.shape[class_dim], 1)
-        total, per_term = torch.full((), float(terms), dtype=input.dtype, device=input.device), None
+    num_classes = input.shape[class_dim]
+    if target.shape == input.shape and target.is_floating_point():  # class probabilities
+        weights = torch.ones_like(target) if weight is None else weight.reshape(-1, *[1] * (input.dim() - 2))
+        per_term = (target * weights).sum(class_dim)
+        total = torch.full((), float(per_term.numel()), dtype=input.dtype, device=input.device)
     else:
-        per_term = (target != ignore_index).to(input.dtype)
-        if weight is not None:
-            per_term = per_term * weight[target.clamp(min=0)]
-        total = per_term.sum()
+        kept = (target != ignore_index).to(input.dtype)
+        per_class = (
+            torch.ones(num_classes, dtype=input.dtype, device=input.device) if weight is None else weight
+        )
+        of_label = kept if weight is None else kept * per_class[target.clamp(min=0)]
+        total = of_label.sum()
+        smooth = label_smoothing / num_classes * per_class.sum() * kept
+        per_term = of_label if label_smoothing == 0 else (1 - label_smoothing) * of_label + smooth
     return _call("cross_entropy", out, input, class_dim, per_term, total, 1.0, reduction)
 
 

@@ -35,8 +35,9 @@ def make_capture(
     _flatten_signature(module)
     outputs = list(fxgraph.tree_leaves(graph.output_node().args[0]))
     loss, inverse = outputs[:2]
-    call_losses = outputs[2 : 2 + len(trace.calls)]
-    passes, position = [], 2 + len(trace.calls)
+    start = 2 + trace.masked
+    call_losses = outputs[start : start + len(trace.calls)]
+    passes, position = [], start + len(trace.calls)
     for names in trace.gradients:
         seed = outputs[position]
         found = outputs[position + 1 : position + 1 + len(names)]
@@ -61,6 +62,7 @@ def make_capture(
         loss=loss,
         loss_info=_loss_info(loss_fn, batch, trace, fisher, _covers(loss, call_losses, trainable)),
         inverse_scale=inverse,
+        kept=outputs[2] if trace.masked else None,
         passes=tuple(passes),
         backward=fxgraph.descendants(p.seed for p in passes),
         data=fxgraph.descendants(data),

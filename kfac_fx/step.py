@@ -50,11 +50,12 @@ class _Compiled:
     def call(self, variant: Variant, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """Run a variant; if it raises or its loss is not finite, buffers get their old values back."""
         module = self.program(variant).module
-        if variant not in self.callables:
-            self.callables[variant] = lower(module, self.backend)
+        first = variant not in self.callables
         saved = [(tensors[i], tensors[i].clone()) for i in self.mutated[variant]]
         try:
-            outputs = tuple(self.callables[variant](*tensors))
+            run = self.callables.get(variant) or lower(module, self.backend)
+            outputs = guards.first_run(run, tensors, self.plan) if first else tuple(run(*tensors))
+            self.callables[variant] = run
             guards.check_finite(outputs[0])
         except BaseException:
             with torch.no_grad():
@@ -106,6 +107,7 @@ class TrainStep:
         self.model = model
         self.loss_fn = loss_fn
         self.method = method
+        guards.check_trainable(model)
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = method.base_optimizer(trainable) if optimizer is None else optimizer
         guards.check_optimizer(self.optimizer, model)
@@ -139,7 +141,7 @@ class TrainStep:
         gradients = dict(zip(program.gradients, outputs[2:], strict=False))
         if variant == "statistics":
             tensors = outputs[2 + len(program.gradients) :]
-            self._curvature.replace(dict(zip(program.state_outputs, tensors, strict=True)))
+            self._curvature.replace(compiled.plan, dict(zip(program.state_outputs, tensors, strict=True)))
         self._apply(gradients)
         return outputs[0].detach()
 
@@ -224,10 +226,8 @@ class TrainStep:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`. Raises `StateError` naming what does not fit this model or method."""
-        guards.check_state(state)
-        self._curvature.load_state_dict(state)
-        for compiled in self._compiled.values():
-            self._curvature.adopt(compiled.plan)
+        guards.check_state(state, self.model, self.optimizer)
+        self._curvature.load_state_dict(state, [compiled.plan for compiled in self._compiled.values()])
         self.optimizer.load_state_dict(state["optimizer"])
         self._step = int(state["step"])
 
@@ -252,6 +252,7 @@ class TrainStep:
         guards.check_batch(batch, self.model)
         key = guards.capture_key(self.model, batch)
         if key not in self._compiled:
+            guards.check_optimizer(self.optimizer, self.model)
             plan = trace(self.model, self.loss_fn, batch, method=self.method, **self._options)
             self._curvature.adopt(plan)
             self._compiled[key] = _Compiled(plan=plan, backend=self._backend)
@@ -263,7 +264,7 @@ class TrainStep:
         tensors: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), *batch.tensors]
         tensors += [self._curvature.tensor(*key) for key in program.state_inputs]
         if program.has_weight:
-            tensors.append(self._curvature.next_weight())
+            tensors.append(self._curvature.next_weights(compiled.plan))
         if program.has_rates:
             tensors.append(self._learning_rates(compiled.plan))
         return tensors

@@ -9,6 +9,7 @@ from torch import nn
 from kfac_fx.batch import Batch
 from kfac_fx.capture import capture
 from kfac_fx.contracts import Method, Plan
+from kfac_fx.errors import CaptureError
 from kfac_fx.match import match
 from kfac_fx.plan import check_strict, make_plan
 from kfac_fx.report import render
@@ -36,8 +37,11 @@ def trace(
         parameter = captured.parameter(name)
         return any(fnmatch.fnmatch(n, p) for p in exclude for n in (name, *parameter.aliases))
 
-    matches = match(captured, exclude=excluded)
-    plan = make_plan(captured, matches, method, fisher=fisher, sharing=sharing, render=render)
+    try:
+        matches = match(captured, exclude=excluded)
+        plan = make_plan(captured, matches, method, fisher=fisher, sharing=sharing, render=render)
+    except CaptureError as error:
+        raise CaptureError(f"{captured.model_name} cannot be captured as one graph: {error}") from error
     if strict:
         check_strict(plan)
     return plan

@@ -31,13 +31,18 @@ class UseValues:
 @final
 @dataclass(frozen=True, kw_only=True)
 class MatchStatistics:
-    """`Statistics` of a match (see `kfac_fx.types.Statistics`). kinds: layer kind of each use, by name."""
+    """`Statistics` of a match (see `kfac_fx.contracts.Statistics`).
+
+    kinds: layer kind of each use, by name. kept: [N, R'], 0 for ignored loss terms; layers whose rows are those terms leave
+    them out of A.
+    """
 
     match: LayerMatch
     uses: tuple[UseValues, ...]
     kinds: Mapping[str, LayerKind]
     inverse_scale: Tensor
     sharing: Sharing
+    kept: Tensor | None = None
 
     @property
     def structure(self) -> str:
@@ -87,7 +92,8 @@ class MatchStatistics:
     def _input_rows(self, values: UseValues) -> gram.InputRows:
         assert values.a is not None
         rows = self._kind(values.use).input_rows(values.use, values.a, values.operands)
-        return gram.InputRows(rows=rows, ones=values.use.bias)
+        aligned = self.kept is not None and rows.shape[1:3] == self.kept.shape and rows.shape[2] > 1
+        return gram.InputRows(rows=rows, ones=values.use.bias, kept=self.kept if aligned else None)
 
     def _input_moment(self, uses: tuple[UseValues, ...]) -> Tensor:
         rows = [self._input_rows(values) for values in uses]

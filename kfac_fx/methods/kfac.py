@@ -6,6 +6,7 @@ sharing of Eschenhagen et al. 2023 (arXiv:2311.00636). Formulas: methods.md sect
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -42,11 +43,11 @@ class KFAC:
         for name in ("statistics_every", "inverse_every", "max_factor_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"KFAC({name}={getattr(self, name)}): must be at least 1.")
-        if self.damping < 0:
-            raise ValueError(f"KFAC(damping={self.damping}): must not be negative.")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"KFAC(damping={self.damping}): must be finite and not negative.")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"KFAC(decay={self.decay}): must lie in [0, 1].")
-        if self.kl_clip is not None and self.kl_clip <= 0:
+        if self.kl_clip is not None and not self.kl_clip > 0:
             raise ValueError(f"KFAC(kl_clip={self.kl_clip}): must be positive, or None for no clipping.")
 
     @property
@@ -84,8 +85,12 @@ class KFAC:
         return {name: read[name]() for name in names}
 
     def moving_average(self, state: State, batch: State, *, weight: Tensor) -> State:
-        """(1 - weight) old + weight new (rule E1 of methods.md 1.5)."""
-        return {name: torch.lerp(state[name], new, weight.to(new.dtype)) for name, new in batch.items()}
+        """(1 - weight) old + weight new (rule E1 of methods.md 1.5); a batch that is not finite leaves the old."""
+        averaged = {}
+        for name, new in batch.items():
+            mixed = torch.lerp(state[name], new, weight.to(new.dtype))
+            averaged[name] = torch.where(torch.isfinite(mixed).all(), mixed, state[name])
+        return averaged
 
     def new_weight(self, count: int) -> float:
         """1 / (1 + decay + ... + decay^count): the weights of all batches so far sum to one."""
