@@ -25,11 +25,11 @@ class Statistics(Protocol):
         """The match's structure."""
         ...
 
-    def input_moment(self) -> Tensor:
+    def input_moment(self, *, swapped: bool = False) -> Tensor:
         """A: [groups, d_in, d_in], or [groups * d_in] for a diagonal structure."""
         ...
 
-    def output_moment(self) -> Tensor:
+    def output_moment(self, *, swapped: bool = False) -> Tensor:
         """G: [groups, d_out, d_out]."""
         ...
 

@@ -184,7 +184,7 @@ class Pending:
             (state_owner(plan, match, name), name): match.rows
             for match in plan.matched
             for name in plan.method.statistics_names(match)
-            if name == "A"
+            if name.startswith("A")
         }
         if before is None:
             return Pending(

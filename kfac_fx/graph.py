@@ -55,7 +55,8 @@ def shape(node: Node) -> tuple[int, ...]:
         source = _source_behind(node)
         where = f"at {source.file}:{source.line} ({source.code})" if source else f"at node {node.name}"
         raise CaptureError(
-            f"the number of rows of a tensor depends on the data, {where}. Keep all rows and multiply by a mask."
+            f"the number of rows of a tensor depends on the data, {where}. "
+            "Keep all rows and multiply by a mask."
         )
     return tuple(int(size) for size in sizes)
 

@@ -130,7 +130,8 @@ def check_trainable(model: nn.Module) -> None:
         raise KfacFxError(f"{type(model).__name__} has no parameters: there is nothing to train.")
     if not any(p.requires_grad for p in model.parameters()):
         raise KfacFxError(
-            f"{type(model).__name__} has no trainable parameters: call requires_grad_(True) on those to train."
+            f"{type(model).__name__} has no trainable parameters: "
+            "call requires_grad_(True) on those to train."
         )
 
 
@@ -150,7 +151,8 @@ def first_run(
         dtypes = [sorted({_dtype(n) for n in nodes}) for nodes in (plan.capture.inputs, plan.capture.targets)]
         own = sorted({str(p.dtype).removeprefix("torch.") for p in plan.capture.parameters})
         raise InputError(
-            f"{plan.capture.model_name} cannot run on this batch: {first}. Parameters are {', '.join(own)}, inputs "
+            f"{plan.capture.model_name} cannot run on this batch: {first}. "
+            f"Parameters are {', '.join(own)}, inputs "
             f"{', '.join(dtypes[0]) or 'none'}, targets {', '.join(dtypes[1]) or 'none'}: cast the batch with "
             ".to(dtype) to what the model and loss_fn expect, and check that indices are in range."
         ) from error

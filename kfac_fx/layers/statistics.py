@@ -33,8 +33,8 @@ class UseValues:
 class MatchStatistics:
     """`Statistics` of a match (see `kfac_fx.contracts.Statistics`).
 
-    kinds: layer kind of each use, by name. kept: [N, R'], 0 for ignored loss terms; layers whose rows are those terms leave
-    them out of A.
+    kinds: layer kind of each use, by name. kept: [N, R'], 0 for ignored loss terms; layers whose rows are those
+    terms leave them out of A.
     """
 
     match: LayerMatch
@@ -49,19 +49,19 @@ class MatchStatistics:
         """The match's structure."""
         return self.match.structure
 
-    def input_moment(self) -> Tensor:
-        """A: [groups, d_in, d_in]; [d_in] for a diagonal structure."""
-        if self._tied:
-            return self._tied_moments()[0]
-        if self.structure == "diagonal":
-            return self._frequencies(self.uses)
-        return self._input_moment(self.uses)
+    def input_moment(self, *, swapped: bool = False) -> Tensor:
+        """A: [groups, d_in, d_in]; [d_in] for a diagonal structure. swapped: of the uses of opposite orientation."""
+        uses = self._oriented(swapped)
+        if self.structure == "diagonal" and not swapped:
+            return self._frequencies(uses)
+        return self._input_moment(uses)
 
-    def output_moment(self) -> Tensor:
-        """G: [groups, d_out, d_out]."""
-        if self._tied:
-            return self._tied_moments()[1]
-        return self._output_moment(self.uses)
+    def output_moment(self, *, swapped: bool = False) -> Tensor:
+        """G: [groups, d_out, d_out]. swapped: of the uses of opposite orientation, [d_in] if those are diagonal."""
+        rows = self._output_rows(self._oriented(swapped))
+        if self.structure == "diagonal" and swapped:
+            return gram.output_diagonal(rows, self.inverse_scale)
+        return gram.output_moment(rows, self.inverse_scale, sharing=self.sharing)
 
     def blocks(self) -> Tensor:
         """F: [channels, k, k] with k = 1, or 2 for (scale, shift)."""
@@ -82,9 +82,8 @@ class MatchStatistics:
                 rows.append(torch.stack(parts, -1))
         return gram.block_moment(rows, self.inverse_scale)
 
-    @property
-    def _tied(self) -> bool:
-        return any(values.use.options.get("swapped", False) for values in self.uses)
+    def _oriented(self, swapped: bool) -> tuple[UseValues, ...]:
+        return tuple(values for values in self.uses if values.use.options.get("swapped", False) is swapped)
 
     def _kind(self, use: Use) -> LayerKind:
         return self.kinds[use.options["kind"]]
@@ -122,38 +121,3 @@ class MatchStatistics:
         if self.sharing == "expand":
             return [rows for passes in per_use for rows in passes]
         return [torch.cat(passes, 2) for passes in zip(*per_use, strict=True)]
-
-    def _output_moment(self, uses: tuple[UseValues, ...]) -> Tensor:
-        return gram.output_moment(self._output_rows(uses), self.inverse_scale, sharing=self.sharing)
-
-    def _tied_moments(self) -> tuple[Tensor, Tensor]:
-        """One Kronecker product for uses of opposite orientation: the partial traces of the sum of their
-        blocks.
-
-        in = sum_u in_u tr(out_u); out = sum_u out_u tr(in_u) / sum_u tr(in_u) tr(out_u), where (in_u, out_u)
-        are (A_u, G_u) or, for a swapped use, (G_u, A_u). The trace of the sum is kept. Embedding and head:
-        `in` is a vector.
-        """
-        sides = []
-        for values in self.uses:
-            one = (values,)
-            swapped = values.use.options.get("swapped", False)
-            if self.structure == "diagonal" and swapped:
-                inner = gram.output_diagonal(self._output_rows(one), self.inverse_scale)
-                sides.append((inner, self._input_moment(one)))
-            elif self.structure == "diagonal":
-                sides.append((self._frequencies(one), self._output_moment(one)))
-            elif swapped:
-                sides.append((self._output_moment(one), self._input_moment(one)))
-            else:
-                sides.append((self._input_moment(one), self._output_moment(one)))
-        traces = [(_trace(inner), _trace(outer)) for inner, outer in sides]
-        total = torch.stack([ti * to for ti, to in traces]).sum()
-        tiny = torch.finfo(total.dtype).tiny
-        inner = torch.stack([i * to for (i, _), (_, to) in zip(sides, traces, strict=True)]).sum(0)
-        outer = torch.stack([o * ti for (_, o), (ti, _) in zip(sides, traces, strict=True)]).sum(0)
-        return inner, outer / total.clamp(min=tiny)
-
-
-def _trace(factor: Tensor) -> Tensor:
-    return factor.sum() if factor.dim() == 1 else factor.diagonal(dim1=-2, dim2=-1).sum()

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from kfac_fx.contracts import Statistics
-from kfac_fx.linalg import damped_inverses, mean_eigenvalue, pi_ratio, small_inverse
+from kfac_fx.linalg import damped_inverses, join_orientations, mean_eigenvalue, pi_ratio, small_inverse
 from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
 
 
@@ -65,13 +66,18 @@ class KFAC:
         return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
 
     def statistics_names(self, match: LayerMatch) -> tuple[str, ...]:
-        """F for block structures, else A and G."""
-        return ("F",) if match.structure == "block" else ("A", "G")
+        """F for block structures, else A and G; of both orientations for a tied weight."""
+        if match.structure == "block":
+            return ("F",)
+        return ("A", "G", "A_swapped", "G_swapped") if match.tied else ("A", "G")
 
     def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:
         """Zero factors (the moving average is bias-corrected) and identity inverses."""
         shapes = _shapes(match)
         state = {name: torch.zeros(sizes, dtype=dtype, device=device) for name, sizes in shapes.items()}
+        if match.tied:
+            for name, side in (("A_swapped", "G"), ("G_swapped", "A")):
+                state[name] = torch.zeros(shapes[side], dtype=dtype, device=device)
         for name, sizes in shapes.items():
             identity = torch.ones(sizes, dtype=dtype, device=device)
             if len(sizes) == 3:
@@ -81,7 +87,13 @@ class KFAC:
 
     def batch_statistics(self, statistics: Statistics, names: Sequence[str]) -> State:
         """A and G, or F, of one batch."""
-        read = {"A": statistics.input_moment, "G": statistics.output_moment, "F": statistics.blocks}
+        read = {
+            "A": statistics.input_moment,
+            "G": statistics.output_moment,
+            "F": statistics.blocks,
+            "A_swapped": partial(statistics.input_moment, swapped=True),
+            "G_swapped": partial(statistics.output_moment, swapped=True),
+        }
         return {name: read[name]() for name in names}
 
     def moving_average(self, state: State, batch: State, *, weight: Tensor) -> State:
@@ -106,13 +118,16 @@ class KFAC:
             if "F" in state:
                 new[key]["F_inverse"] = small_inverse(state["F"], self.damping)
                 continue
-            for name, damping in zip(("A", "G"), self.factor_dampings(state["A"], state["G"]), strict=True):
-                if state[name].dim() == 1:
-                    damped = state[name] + damping.to(state[name].dtype)
+            sides = state["A"], state["G"]
+            if "A_swapped" in state:
+                sides = join_orientations(*sides, state["A_swapped"], state["G_swapped"])
+            for name, factor, damping in zip(("A", "G"), sides, self.factor_dampings(*sides), strict=True):
+                if factor.dim() == 1:
+                    damped = factor + damping.to(factor.dtype)
                     new[key][f"{name}_inverse"] = torch.where(damped > 0, 1 / damped, 0.0)
                     continue
                 places.append((key, f"{name}_inverse"))
-                factors.append(state[name])
+                factors.append(factor)
                 dampings.append(damping)
                 last.append(state[f"{name}_inverse"])
         result = damped_inverses(factors, dampings, last=last)
@@ -185,7 +200,7 @@ def _spec(match: LayerMatch, name: str, sizes: tuple[int, ...], dtype: torch.dty
         count=count,
         diagonal=diagonal,
         dtype=dtype,
-        bytes=elements * dtype.itemsize * 2,
+        bytes=elements * dtype.itemsize * (3 if match.tied else 2),
         flops_statistics=0 if shared else rows * (1 if diagonal else 2 * count * dim * dim),
         flops_refresh=refresh,
         flops_apply=elements * other * (1 if diagonal else 2),
