@@ -26,8 +26,8 @@ from kfac_fx.types import Sharing
 class InputRows:
     """Inputs of one use.
 
-    ones: whether the bias column of ones belongs to it. rows: [groups, N, T, d]. kept: [N, T], 1 for rows that
-    count and 0 for rows to leave out, or None for all.
+    ones: whether the bias column of ones belongs to it. rows: [groups, N, T, d]. kept: [N, T], 1 for rows
+    that count and 0 for rows to leave out, or None for all.
     """
 
     rows: Tensor

@@ -36,9 +36,9 @@ VARIANTS: tuple[Variant, ...] = ("plain", "statistics", "gradients", "batch_stat
 class Program:
     """One variant of the training step.
 
-    module: placeholders are those of the capture, then `state_inputs` in order, then `weights` ([layers], share
-    of the new batch in the moving averages) and `learning_rates` ([layers]) where the variant uses them.
-    Outputs: loss, 1/R_, gradients in the order of `gradients`, then new tensors in the order of
+    module: placeholders are those of the capture, then `state_inputs` in order, then `weights` ([layers],
+    share of the new batch in the moving averages) and `learning_rates` ([layers]) where the variant uses
+    them. Outputs: loss, 1/R_, gradients in the order of `gradients`, then new tensors in the order of
     `state_outputs`.
     """
 

@@ -113,11 +113,13 @@ def pi_ratio(a_mean: Tensor, g_mean: Tensor) -> Tensor:
 
 
 def join_orientations(a: Tensor, g: Tensor, a_swapped: Tensor, g_swapped: Tensor) -> tuple[Tensor, Tensor]:
-    """One Kronecker product for a weight used in both orientations: partial traces of the sum of its two blocks.
+    """One Kronecker product for a weight used in both orientations: partial traces of the sum of its two
+    blocks.
 
-    a, g_swapped: factors of the input side, [1, d_in, d_in] or [d_in]; g, a_swapped: of the output side, [1, d_out, d_out].
-    in = a tr(g) + g_swapped tr(a_swapped); out = (g tr(a) + a_swapped tr(g_swapped)) / sum of both traces' products. The
-    trace of the sum is kept. Embedding and head, tied autoencoders (methods.md 9.4).
+    a, g_swapped: factors of the input side, [1, d_in, d_in] or [d_in]; g, a_swapped: of the output side, [1,
+    d_out, d_out]. in = a tr(g) + g_swapped tr(a_swapped); out = (g tr(a) + a_swapped tr(g_swapped)) / sum of
+    both traces' products. The trace of the sum is kept. Embedding and head, tied autoencoders (methods.md
+    9.4).
     """
     trace_a, trace_g, trace_as, trace_gs = (_trace(factor) for factor in (a, g, a_swapped, g_swapped))
     total = trace_a * trace_g + trace_as * trace_gs

@@ -67,7 +67,10 @@ def _gradients(
 
 
 def _kept_terms(calls: list[LossCall], batch: Batch) -> Tensor | None:
-    """1 for terms that count, 0 for ignored ones: [N, R'] of a loss over positions, else None (methods.md 1.1)."""
+    """1 for terms that count, 0 for ignored ones.
+
+    [N, R'] of a loss over positions, else None (methods.md 1.1).
+    """
     examples = num_examples(batch)
     if len(calls) != 1 or not calls[0].can_ignore or calls[0].term_weight is None:
         return None

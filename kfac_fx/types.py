@@ -88,9 +88,9 @@ class Capture:
     graph: placeholders are parameters, buffers, inputs, targets in that order; outputs are the loss, then one
     gradient per trainable parameter that has one. passes[0] is the training backward; the others, if any,
     start at the model's prediction for the Fisher. kept: node of [N, R'], 1 for loss
-    terms that count and 0 for ignored ones, where terms can be ignored (else None). inverse_scale is the node of 1/R_ (0-dim tensor): the loss
-    is R_ times the sum of its terms. backward: nodes that depend on a seed. data: nodes that depend on inputs
-    or targets.
+    terms that count and 0 for ignored ones, where terms can be ignored (else None). inverse_scale is the node
+    of 1/R_ (0-dim tensor): the loss is R_ times the sum of its terms. backward: nodes that depend on a seed.
+    data: nodes that depend on inputs or targets.
     """
 
     graph: GraphModule
@@ -170,7 +170,7 @@ class LayerMatch:
 
     @property
     def tied(self) -> bool:
-        """Whether the weight is also used in the opposite orientation (embedding and head, tied autoencoder)."""
+        """Whether the weight is also used transposed (embedding and head, tied autoencoder)."""
         return any(use.options.get("swapped", False) for use in self.uses)
 
 

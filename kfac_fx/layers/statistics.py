@@ -33,8 +33,8 @@ class UseValues:
 class MatchStatistics:
     """`Statistics` of a match (see `kfac_fx.contracts.Statistics`).
 
-    kinds: layer kind of each use, by name. kept: [N, R'], 0 for ignored loss terms; layers whose rows are those
-    terms leave them out of A.
+    kinds: layer kind of each use, by name. kept: [N, R'], 0 for ignored loss terms; layers whose rows are
+    those terms leave them out of A.
     """
 
     match: LayerMatch
@@ -50,14 +50,20 @@ class MatchStatistics:
         return self.match.structure
 
     def input_moment(self, *, swapped: bool = False) -> Tensor:
-        """A: [groups, d_in, d_in]; [d_in] for a diagonal structure. swapped: of the uses of opposite orientation."""
+        """A: [groups, d_in, d_in]; [d_in] for a diagonal structure. swapped.
+
+        Of the uses of opposite orientation.
+        """
         uses = self._oriented(swapped)
         if self.structure == "diagonal" and not swapped:
             return self._frequencies(uses)
         return self._input_moment(uses)
 
     def output_moment(self, *, swapped: bool = False) -> Tensor:
-        """G: [groups, d_out, d_out]. swapped: of the uses of opposite orientation, [d_in] if those are diagonal."""
+        """G: [groups, d_out, d_out]. swapped.
+
+        Of the uses of opposite orientation, [d_in] if those are diagonal.
+        """
         rows = self._output_rows(self._oriented(swapped))
         if self.structure == "diagonal" and swapped:
             return gram.output_diagonal(rows, self.inverse_scale)

@@ -97,7 +97,10 @@ class KFAC:
         return {name: read[name]() for name in names}
 
     def moving_average(self, state: State, batch: State, *, weight: Tensor) -> State:
-        """(1 - weight) old + weight new (rule E1 of methods.md 1.5); a batch that is not finite leaves the old."""
+        """(1 - weight) old + weight new (rule E1 of methods.md 1.5).
+
+        A batch that is not finite leaves the old.
+        """
         averaged = {}
         for name, new in batch.items():
             mixed = torch.lerp(state[name], new, weight.to(new.dtype))
