@@ -152,7 +152,8 @@ def first_run(
         own = sorted({str(p.dtype).removeprefix("torch.") for p in plan.capture.parameters})
         raise InputError(
             f"{plan.capture.model_name} cannot run on this batch: {first}. "
-            f"Parameters are {', '.join(own)}, inputs {', '.join(dtypes[0]) or 'none'}, targets {', '.join(dtypes[1]) or 'none'}: cast the batch "
+            f"Parameters are {', '.join(own)}, inputs {', '.join(dtypes[0]) or 'none'}, "
+            f"targets {', '.join(dtypes[1]) or 'none'}: cast the batch "
             "with .to(dtype) to what the model and loss_fn expect, and check that indices are in range."
         ) from error
 

@@ -5,6 +5,9 @@ them start from the same weights and see the same batches. The loss of the whole
 every four steps; the steps to a loss are those at the first evaluation at or below it. For each loss a method
 is represented by the setting with the smallest median over the seeds, so both are tuned for each loss anew.
 A run that did not get there within its limit counts as infinitely many steps.
+
+Batch size, momentum, KL clip, decay and the grid of K-FAC were chosen in pilot runs on the seeds 0 and 1 (about 200
+settings, against 15 of SGD); the default seeds 10, 11 and 12 had no part in that.
 """
 
 from __future__ import annotations
@@ -225,12 +228,14 @@ def main() -> None:
     """Run both grids on one thread, print the table, save the record."""
     parser = argparse.ArgumentParser(description="Steps to a training loss: K-FAC against tuned SGD.")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    parser.add_argument("--first-seed", type=int, default=10, help="first of the seeds (default 10)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     train, _ = TASK.data()
     console = Console()
-    jobs = [(setting, seed) for setting in KFAC_GRID + SGD_GRID for seed in range(arguments.seeds)]
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    jobs = [(setting, seed) for setting in KFAC_GRID + SGD_GRID for seed in seeds]
     trials = [
         run(setting, seed=seed, train=train) for setting, seed in track(jobs, "training", console=console)
     ]
