@@ -6,7 +6,7 @@ every four steps; the steps to a loss are those at the first evaluation at or be
 is represented by the setting with the smallest median over the seeds, so both are tuned for each loss anew.
 A run that did not get there within its limit counts as infinitely many steps.
 
-Batch size, momentum, KL clip, decay and the grid of K-FAC were chosen in pilot runs on the seeds 0 and 1 (about 200
+Batch size, momentum, KL clip, decay and grid of K-FAC were chosen in pilot runs on seeds 0 and 1 (about 200
 settings, against 15 of SGD); the default seeds 10, 11 and 12 had no part in that.
 """
 
