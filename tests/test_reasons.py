@@ -1,0 +1,122 @@
+"""Every reason code for leaving a parameter to the optimizer, one small model each."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import kfac_fx
+from kfac_fx import Reason
+
+
+class Extra(nn.Module):
+    """A linear layer and one more parameter that `use` brings into the forward pass."""
+
+    def __init__(self, extra: Tensor, use: Callable[[Tensor, nn.Parameter], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.extra, self.use = nn.Linear(4, 3), nn.Parameter(extra), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.use(x, self.extra))
+
+
+def reason_of(model: nn.Module, name: str, *, x: Tensor | None = None, **options: object) -> Reason:
+    x = torch.randn(5, 4) if x is None else x
+    loss_fn = options.pop("loss_fn", F.cross_entropy)
+    plan = kfac_fx.inspect(model, loss_fn, x, torch.randint(3, (5,)), **options)  # type: ignore[arg-type]
+    assert not any(name in (match.weight, match.bias) for match in plan.matched)
+    (skip,) = [skip for skip in plan.skipped if skip.parameter == name]
+    assert skip.advice and skip.detail
+    return skip.reason
+
+
+def test_frozen_unused_and_excluded() -> None:
+    model = Extra(torch.ones(4), lambda x, extra: x)
+    model.layer.bias.requires_grad_(False)
+    assert reason_of(model, "layer.bias") is Reason.FROZEN
+    assert reason_of(model, "extra") is Reason.UNUSED
+    assert reason_of(model, "layer.weight", exclude=["layer.w*"]) is Reason.EXCLUDED
+
+
+def test_reparametrised_by_a_mask_a_norm_or_another_parameter() -> None:
+    masked = Extra(torch.ones(4, 4), lambda x, w: F.linear(x, w * torch.ones(4, 4).tril()))
+    assert reason_of(masked, "extra") is Reason.REPARAMETRISED
+    normed = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 3))
+    assert reason_of(normed, "0.parametrizations.weight.original1") is Reason.REPARAMETRISED
+    product = Extra(torch.ones(4, 4), lambda x, w: F.linear(x, w @ w))
+    assert reason_of(product, "extra") is Reason.REPARAMETRISED
+
+
+def test_batch_free_when_the_input_is_the_same_for_all_examples() -> None:
+    table = torch.randn(7, 4)
+    model = Extra(torch.ones(4, 4), lambda x, w: x + F.linear(table, w).tanh().sum(0))
+    assert reason_of(model, "extra") is Reason.BATCH_FREE
+
+
+def test_mixed_use_of_a_product_and_something_else() -> None:
+    model = Extra(torch.ones(4, 4), lambda x, w: F.linear(x, w) * w.sum().sin())
+    assert reason_of(model, "extra") is Reason.MIXED_USE
+
+
+def test_tied_uses_that_do_not_add_up() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4, bias=False), nn.Conv1d(2, 4, 2, bias=False)
+            self.first.weight = nn.Parameter(torch.randn(4, 2, 2))
+            self.second.weight = self.first.weight
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.linear(x, self.first.weight.permute(0, 2, 1).reshape(4, 4))
+            return self.head(self.second(torch.stack([h, x], 1)).flatten(1))
+
+    assert reason_of(Tied(), "first.weight") is Reason.TIED
+
+
+def test_outside_the_fisher_when_only_the_loss_reads_it() -> None:
+    model = Extra(torch.ones(3), lambda x, extra: x)
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets) + F.mse_loss(model.extra, torch.zeros(3))
+
+    assert reason_of(model, "extra", loss_fn=loss_fn, fisher="empirical") is not Reason.OUTSIDE_FISHER
+    model = Extra(torch.ones(4), lambda x, extra: x * extra)
+    assert reason_of_unused_head(model) is Reason.OUTSIDE_FISHER
+
+
+def reason_of_unused_head(model: Extra) -> Reason:
+    """Two recorded losses; the parameter reaches one that weighs nothing in the Fisher's prediction."""
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets)
+
+    return reason_of(model, "extra", loss_fn=loss_fn, fisher="mc")
+
+
+def test_embedding_scaled_by_frequency() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(8, 3))
+    assert reason_of(model, "0.weight", x=torch.randint(6, (5, 2))) is Reason.EMBEDDING
+
+
+def test_too_large_for_the_methods_limit() -> None:
+    model = nn.Linear(4, 3)
+    assert reason_of(model, "weight", method=kfac_fx.KFAC(max_factor_dim=3)) is Reason.TOO_LARGE
+
+
+def test_complex_parameters() -> None:
+    model = Extra(torch.ones(4, dtype=torch.complex64), lambda x, extra: (x * extra).abs())
+    assert reason_of(model, "extra") is Reason.COMPLEX_DTYPE
+
+
+def test_no_pattern_names_the_operation() -> None:
+    model = Extra(torch.ones(1), lambda x, p: F.prelu(x, p))
+    assert reason_of(model, "extra") is Reason.NO_PATTERN
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_every_reason_has_advice(reason: Reason) -> None:
+    assert len(reason.advice) > 20
