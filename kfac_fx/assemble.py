@@ -75,7 +75,7 @@ def _owner(
     """Per matched part, the uses that add this bias; None if some term of its gradient is something else."""
     joined: dict[tuple[str, Part], set[int]] = {}
     for term in gradient_terms(capture.gradients[parameter.name], stop=roots):
-        entry = roots.get(_bias_root(term))
+        entry = roots.get(term.root if term.root in roots else _bias_root(term))
         if entry is None:
             return None
         item, index = entry
@@ -105,7 +105,7 @@ def _bias_fits(term: Term, product: Product) -> bool:
     """Whether the bias' gradient, flattened, runs over the product's output features in their order."""
     if not all(isinstance(step, View) for step in term.steps):
         return False
-    if getitem_source(term.root) is not None:
+    if _bias_root(term) == product.bias_root and getitem_source(term.root) is not None:
         return True
     if product.options["kind"] in ("embedding", "gathered-experts"):
         return False

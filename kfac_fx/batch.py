@@ -81,5 +81,15 @@ def default_loss(outputs: Any, targets: Any) -> Tensor:
 
 
 def num_examples(batch: Batch) -> int:
-    """N: the leading dimension of the first input (else target) that has one."""
-    return next((int(t.shape[0]) for t in batch.tensors if t.dim() > 0), 1)
+    """N: the leading dimension of the first input.
+
+    Unless the targets lead with another size that stands later in that input (time-major sequences).
+    """
+    inputs = [t for t in batch.tensors[: batch.num_inputs] if t.dim() > 0]
+    targets = [t for t in batch.tensors[batch.num_inputs :] if t.dim() > 0]
+    if not inputs:
+        return int(targets[0].shape[0]) if targets else 1
+    leading = int(inputs[0].shape[0])
+    if targets and targets[0].shape[0] != leading and targets[0].shape[0] in inputs[0].shape[1:-1]:
+        return int(targets[0].shape[0])
+    return max(leading, 1)

@@ -42,8 +42,8 @@ def capture(
     buffers = dict(model.named_buffers())
     trace = Trace()
     joint = _joint_function(model, loss_fn, batch, parameters, buffers, fisher, trace)
-    flat = [*parameters.values(), *buffers.values(), *batch.tensors]
-    with _tracing_context(model):
+    flat = _distinct([*parameters.values(), *buffers.values(), *batch.tensors])
+    with _tracing_context(model), _attributes_restored(model):
         try:
             module = make_fx(
                 joint, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True
@@ -53,6 +53,32 @@ def capture(
         except Exception as error:
             raise _explain(error, model, batch) from error
     return make_capture(module, model, loss_fn, batch, parameters, buffers, fisher, trace)
+
+
+def _distinct(tensors: list[Tensor]) -> list[Tensor]:
+    """The same tensors as different objects: one object given twice would become one placeholder."""
+    seen: set[int] = set()
+    flat = []
+    for tensor in tensors:
+        flat.append(tensor.detach() if id(tensor) in seen else tensor)
+        seen.add(id(tensor))
+    return flat
+
+
+@contextlib.contextmanager
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
+    """What forward stores on modules (activations, counters) is forgotten.
+
+    Tracing must not change the model.
+    """
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            for name in [n for n in vars(module) if n not in attributes]:
+                del vars(module)[name]
+            vars(module).update(attributes)
 
 
 def _joint_function(
@@ -80,15 +106,34 @@ def _joint_function(
                 outputs = call_model(model, inputs)
                 loss = (loss_fn or default_loss)(outputs, targets)
             check_loss(loss)
+            replaced = _replaced_buffers(model, slots)
             leaves = {name: tensor for name, tensor in trained.items() if tensor.requires_grad}
             with _no_autocast():
-                return backward_passes(loss, leaves, recorder.calls, fisher, batch, trace)
+                results = backward_passes(loss, leaves, recorder.calls, fisher, batch, trace)
+            with torch.no_grad():
+                for old, new in replaced:
+                    old.copy_(new)
+            return results
 
+        by_id = {id(t): state[name] for name, t in (*parameters.items(), *buffers.items())}
+        slots = {path: by_id[id(t)] for path, t in _slots(model)}
         # The backward must run inside too: activation checkpointing calls the model again from there.
-        bound = {f"model.{name}": tensor for name, tensor in state.items()}
-        return torch.func.functional_call(_Step(model, run), bound, ())
+        return torch.func.functional_call(_Step(model, run), slots, (), tie_weights=False)
 
     return joint
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every place that holds a parameter or buffer, once; a module that has two names is one place."""
+    for path, module in model.named_modules(prefix="model"):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{path}.{name}", tensor
+
+
+def _replaced_buffers(model: nn.Module, slots: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(old, new) of buffers that forward assigned anew instead of changing them in place."""
+    return [(slots[path], now) for path, now in _slots(model) if path in slots and now is not slots[path]]
 
 
 @final

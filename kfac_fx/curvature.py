@@ -19,6 +19,7 @@ from kfac_fx.errors import StateError
 from kfac_fx.types import LayerMatch, State
 
 Key = tuple[str, str]
+Snapshot = tuple[dict[Key, Tensor], dict[str, int], int, int]
 
 
 @final
@@ -42,6 +43,15 @@ class Curvature:
     def tensor(self, key: str, name: str) -> Tensor:
         """One state tensor."""
         return self._tensors[key, name]
+
+    def snapshot(self) -> Snapshot:
+        """What `restore` needs to undo later changes; tensors are never changed in place."""
+        return dict(self._tensors), dict(self._counts), self.retried, self.kept_last
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Back to the state of `snapshot`."""
+        tensors, counts, self.retried, self.kept_last = snapshot
+        self._tensors, self._counts = dict(tensors), dict(counts)
 
     def replace(self, plan: Plan, new: Mapping[Key, Tensor]) -> None:
         """Take the moving averages that a program has computed."""
@@ -95,9 +105,10 @@ class Curvature:
         """Fold accumulated batch statistics into the moving averages."""
         weights = self.next_weights(plan)
         for index, match in enumerate(plan.matched):
-            names = [
+            own = (
                 n for n in self._method.statistics_names(match) if state_owner(plan, match, n) == match.key
-            ]
+            )
+            names = [name for name in own if (match.key, name) in batch]
             tensors = {name: batch[match.key, name] for name in names}
             state = {name: self._tensors[match.key, name] for name in names}
             averaged = self._method.moving_average(state, tensors, weight=weights[index])
@@ -194,7 +205,7 @@ class Pending:
                 statistics=dict(statistics),
                 rows=rows,
             )
-        summed = plan.capture.loss_info.reduction == "sum"
+        summed = _adds_up(plan, inverse_scale)
         total = before.weight + inverse_scale
         new_share = inverse_scale / total
         merged: dict[Key, Tensor] = {}
@@ -214,12 +225,20 @@ class Pending:
             for name in {**before.gradients, **gradients}
         }
         return Pending(
-            plan=before.plan,
+            plan=max(before.plan, plan, key=lambda p: len(p.matched)),
             weight=total,
             gradients=added,
             statistics=merged,
             rows={**before.rows, **rows, **totals},
         )
+
+
+def _adds_up(plan: Plan, inverse_scale: Tensor) -> bool:
+    """Whether the losses of two batches add up to that of both (a sum), or average (a mean)."""
+    info = plan.capture.loss_info
+    if info.reduction not in ("sum", "none"):
+        return False
+    return abs(float(inverse_scale) / info.unit - 1) < 1e-5
 
 
 def _merge(old: Tensor | None, new: Tensor | None, share: Tensor, summed: bool) -> Tensor:

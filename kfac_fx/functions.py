@@ -47,6 +47,29 @@ def use_nodes(match: LayerMatch) -> list[Node]:
     return nodes
 
 
+def _readers(plan: Plan, match: LayerMatch) -> list[LayerMatch]:
+    """Other layers that share this layer's A, where their gradients decide which rows count."""
+    if not plan.capture.loss_info.ignores or match.structure != "kronecker":
+        return []
+    return [other for other in plan.matched if other.shared_a == match.key and other is not match]
+
+
+def reader_nodes(plan: Plan, match: LayerMatch) -> list[Node]:
+    """Nodes of the layers that share this layer's A."""
+    return [node for other in _readers(plan, match) for node in use_nodes(other)]
+
+
+def _reader_values(
+    plan: Plan, match: LayerMatch, tensors: Sequence[Tensor]
+) -> tuple[tuple[UseValues, ...], ...]:
+    values, start = [], 0
+    for other in _readers(plan, match):
+        stop = start + len(use_nodes(other))
+        values.append(use_values(other, tensors[start:stop]))
+        start = stop
+    return tuple(values)
+
+
 def fisher_gradients(use: Use) -> tuple[Node, ...]:
     """The `g` of the passes that feed the Fisher: the later ones if there are any, else the training pass."""
     return use.g[1:] or use.g
@@ -69,11 +92,11 @@ def use_values(
 def statistics_function(
     plan: Plan, match: LayerMatch, wanted: list[str], index: int | None
 ) -> Callable[..., Sequence[Tensor]]:
-    """(nodes of `use_nodes`, 1/R_, kept terms if any, old state and the layers' weights) -> statistics.
+    """(nodes of `use_nodes`, 1/R_, nodes of `reader_nodes`, old state and the layers' weights) -> statistics.
 
     index: the layer's place among the weights; None: statistics of the batch alone, without old state.
     """
-    num_nodes, masked = len(use_nodes(match)), plan.capture.kept is not None
+    num_nodes, num_read = len(use_nodes(match)), len(reader_nodes(plan, match))
 
     def run(*tensors: Tensor) -> Sequence[Tensor]:
         statistics = MatchStatistics(
@@ -82,13 +105,14 @@ def statistics_function(
             kinds=KINDS_BY_NAME,
             inverse_scale=tensors[num_nodes],
             sharing=plan.sharing,
-            kept=tensors[num_nodes + 1] if masked else None,
+            ignores=plan.capture.loss_info.ignores,
+            readers=_reader_values(plan, match, tensors[num_nodes + 1 : num_nodes + 1 + num_read]),
         )
         dtype = state_dtype(plan, match)
         batch = plan.method.batch_statistics(statistics, wanted)
         batch = {name: value.to(dtype) for name, value in batch.items()}
         if index is not None:
-            state = dict(zip(wanted, tensors[num_nodes + 1 + masked : -1], strict=True))
+            state = dict(zip(wanted, tensors[num_nodes + 1 + num_read : -1], strict=True))
             batch = plan.method.moving_average(state, batch, weight=tensors[-1][index])
         return [batch[name] for name in wanted]
 

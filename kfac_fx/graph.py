@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -107,9 +106,10 @@ def user_source(stack_trace: str | None) -> Source | None:
 
 def fake_mode(graph: Graph) -> FakeTensorMode:
     """The fake tensor mode under which the graph's example values live."""
-    mode = detect_fake_mode([n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)])
-    assert mode is not None, "the graph carries no fake values"
-    return mode
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), FakeTensor):
+            return node.meta["val"].fake_mode
+    raise AssertionError("the graph carries no fake values")
 
 
 def fake_empty(graph: Graph, sizes: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -181,7 +181,23 @@ def eliminate_dead(module: GraphModule, keep: frozenset[Node]) -> None:
             mask = [bool(m) and i in used for i, m in enumerate(node.args[-1])]  # type: ignore[arg-type]
             if any(mask):
                 node.args = (*node.args[:-1], mask)
+    relax_views(module)
     module.recompile()
+
+
+def relax_views(module: GraphModule) -> None:
+    """Let `view` copy where real strides differ from the fake ones, except where the view is written to."""
+    views = (aten.view.default, aten._unsafe_view.default)
+    written: set[Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "call_function" and is_mutation(node):
+            source = node.args[0]
+            while isinstance(source, Node) and source not in written:
+                written.add(source)
+                source = source.args[0] if is_op(source, *views) else None
+    for node in module.graph.nodes:
+        if is_op(node, *views) and node not in written:
+            node.target = aten.reshape.default
 
 
 def has_effect(node: Node) -> bool:

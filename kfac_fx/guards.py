@@ -26,6 +26,19 @@ from kfac_fx.errors import (
 Fingerprint = dict[str, tuple[int, tuple[int, ...], torch.dtype, torch.device]]
 
 
+# Words of the operators' own messages about dtypes and indices.
+_BATCH_WORDS = (
+    "dtype",
+    "scalar type",
+    "same type",
+    "xpected",
+    "out of range",
+    "out of bounds",
+    "Long",
+    "Int",
+)
+
+
 def model_device(model: nn.Module) -> torch.device:
     """Device of the first parameter. Raises `InputError` if the model has none."""
     parameter = next(model.parameters(), None)
@@ -65,6 +78,11 @@ def _change(name: str, old: tuple[Any, ...], new: tuple[Any, ...]) -> str:
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Raise `OptimizerMismatchError` unless the optimizer holds exactly the model's trainable parameters."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise OptimizerMismatchError(
+            "LBFGS calls a closure several times per step; a compiled step runs the model once. "
+            "Use an optimizer whose step() needs no closure."
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     named = {id(p): name for name, p in model.named_parameters()}
     foreign = len(held - set(named))
@@ -94,13 +112,17 @@ def check_batch(batch: Batch, model: nn.Module) -> None:
             )
 
 
-def check_finite(loss: Tensor) -> None:
-    """Raise `NonFiniteLossError` if the loss is infinite or not a number."""
-    if not bool(torch.isfinite(loss)):
-        raise NonFiniteLossError(
-            f"the loss is {float(loss)}: parameters, buffers, optimizer state and curvature are unchanged. "
-            "Skip this batch, or lower the learning rate or raise the damping."
-        )
+def check_finite(loss: Tensor, gradients: Tensor) -> None:
+    """Raise `NonFiniteLossError` if the loss, or a sum over all gradients, is infinite or not a number."""
+    if bool(torch.isfinite(loss.to(gradients.dtype) + gradients)):
+        return
+    what = f"the loss is {float(loss)}"
+    if bool(torch.isfinite(loss)):
+        what = f"the loss is {float(loss)}, but its gradient is not finite"
+    raise NonFiniteLossError(
+        f"{what}: parameters, buffers, optimizer state and curvature are unchanged. "
+        "Skip this batch, or lower the learning rate or raise the damping."
+    )
 
 
 def check_state(state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -147,7 +169,9 @@ def first_run(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, IndexError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not any(word in first for word in _BATCH_WORDS):
+            raise
         dtypes = [sorted({_dtype(n) for n in nodes}) for nodes in (plan.capture.inputs, plan.capture.targets)]
         own = sorted({str(p.dtype).removeprefix("torch.") for p in plan.capture.parameters})
         raise InputError(

@@ -24,7 +24,7 @@ from kfac_fx.canonical import (
     state_owner,
 )
 from kfac_fx.contracts import Plan
-from kfac_fx.functions import layer_function, statistics_function, use_nodes
+from kfac_fx.functions import layer_function, reader_nodes, statistics_function, use_nodes
 from kfac_fx.types import LayerMatch
 
 Variant = Literal["plain", "statistics", "gradients", "batch_statistics"]
@@ -38,8 +38,8 @@ class Program:
 
     module: placeholders are those of the capture, then `state_inputs` in order, then `weights` ([layers],
     share of the new batch in the moving averages) and `learning_rates` ([layers]) where the variant uses
-    them. Outputs: loss, 1/R_, gradients in the order of `gradients`, then new tensors in the order of
-    `state_outputs`.
+    them. Outputs: loss, 1/R_, a check (finite if all gradients are), gradients in the order of `gradients`,
+    then new tensors in the order of `state_outputs`.
     """
 
     variant: Variant
@@ -71,6 +71,7 @@ class _Writer:
         self.module, self.map = fxgraph.copy_module(plan.capture.graph)
         self.graph = self.module.graph
         self.output = self.graph.output_node()
+        self.order = {node: i for i, node in enumerate(plan.capture.graph.graph.nodes)}
         self.last_placeholder = self.graph.find_nodes(op="placeholder")[-1]
         self.state_nodes: dict[tuple[str, str], Node] = {}
 
@@ -88,6 +89,7 @@ class _Writer:
             else None
         )
         gradients = {name: self.map[node] for name, node in capture.gradients.items()}
+        check = self._gradient_check(list(gradients.values()))
         new_state = self._statistics(weight) if collects else {}
         rates = None
         if preconditions and self.plan.matched:
@@ -96,7 +98,7 @@ class _Writer:
             )
             gradients |= self._precondition(rates)
         loss, scale = self.map[capture.loss], self.map[capture.inverse_scale]
-        self.output.args = ((loss, scale, *gradients.values(), *new_state.values()),)
+        self.output.args = ((loss, scale, check, *gradients.values(), *new_state.values()),)
         fxgraph.eliminate_dead(self.module, self._effects())
         self.graph.lint()
         return Program(
@@ -172,10 +174,9 @@ class _Writer:
         new: dict[tuple[str, str], Node] = {}
         for index, match in enumerate(self.plan.matched):
             nodes = use_nodes(match)
-            kept = self.plan.capture.kept
-            read = [*nodes, self.plan.capture.inverse_scale, *([] if kept is None else [kept])]
+            read = [*nodes, self.plan.capture.inverse_scale, *reader_nodes(self.plan, match)]
             arguments = [self.map[n] for n in read]
-            anchor = self._after(arguments)
+            anchor = self._after(read)
             names = batch_names(self.plan, match)
             wanted = [name for name in names if (state_owner(self.plan, match, name), name) not in new]
             states = (
@@ -194,10 +195,20 @@ class _Writer:
                 new[state_owner(self.plan, match, name), name] = node
         return new
 
-    def _after(self, nodes: Sequence[Node]) -> Node:
-        """The node before which code that reads `nodes` can stand."""
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        last = max(nodes, key=order.__getitem__)
+    def _gradient_check(self, gradients: list[Node]) -> Node:
+        """One number that is finite if and only if all gradients are."""
+
+        def run(*tensors: Tensor) -> list[Tensor]:
+            real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+            sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in real]
+            return [torch.stack([total.to(torch.float64) for total in sums]).sum()]
+
+        label = "inserted, finite if all gradients are"
+        return fxgraph.splice(self.module, run, gradients, before=self.output, label=label)[0]
+
+    def _after(self, captured: Sequence[Node]) -> Node:
+        """The node before which code that reads these nodes of the capture can stand."""
+        last = self.map[max(captured, key=self.order.__getitem__)]
         return self.output if last.op == "placeholder" else last.next
 
     def _precondition(self, rates: Node) -> dict[str, Node]:

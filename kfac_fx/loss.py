@@ -104,7 +104,9 @@ def _cross_entropy(
         per_class = (
             torch.ones(num_classes, dtype=input.dtype, device=input.device) if weight is None else weight
         )
-        of_label = kept if weight is None else kept * per_class[target.clamp(min=0)]
+        of_label = (
+            kept if weight is None else kept * per_class[torch.where(target == ignore_index, 0, target)]
+        )
         total = of_label.sum()
         smooth = label_smoothing / num_classes * per_class.sum() * kept
         per_term = of_label if label_smoothing == 0 else (1 - label_smoothing) * of_label + smooth
@@ -133,6 +135,7 @@ def _mse(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> LossCall:
+    input = input if input.requires_grad or not target.requires_grad else target  # symmetric in its arguments
     total = torch.full((), float(input.numel()), dtype=input.dtype, device=input.device)
     per_term = None
     if weight is not None:

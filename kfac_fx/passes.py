@@ -29,7 +29,6 @@ class Trace:
 
     gradients: list[tuple[str, ...]] = field(default_factory=list)
     calls: list[LossCall] = field(default_factory=list)
-    masked: bool = False
 
 
 def backward_passes(
@@ -52,9 +51,7 @@ def backward_passes(
         _check_passes(trace.calls, fisher)
         for predictions, seeds in _fisher_seeds(trace.calls, scaled, inverse, fisher):
             outputs += [seeds[0], *_gradients(predictions, seeds, leaves, trace)]
-    kept = _kept_terms(trace.calls, batch)
-    trace.masked = kept is not None
-    return (loss, inverse, *([] if kept is None else [kept]), *(call.loss for call in trace.calls), *outputs)
+    return (loss, inverse, *(call.loss for call in trace.calls), *outputs)
 
 
 def _gradients(
@@ -64,20 +61,6 @@ def _gradients(
     present = {name: grad for name, grad in zip(leaves, found, strict=True) if grad is not None}
     trace.gradients.append(tuple(present))
     return list(present.values())
-
-
-def _kept_terms(calls: list[LossCall], batch: Batch) -> Tensor | None:
-    """1 for terms that count, 0 for ignored ones.
-
-    [N, R'] of a loss over positions, else None (methods.md 1.1).
-    """
-    examples = num_examples(batch)
-    if len(calls) != 1 or not calls[0].can_ignore or calls[0].term_weight is None:
-        return None
-    weight = calls[0].term_weight
-    if weight.numel() % examples or weight.numel() == examples:
-        return None
-    return (weight != 0).to(torch.promote_types(weight.dtype, torch.float32)).reshape(examples, -1)
 
 
 def _slopes(loss: Tensor, calls: list[LossCall]) -> list[tuple[LossCall, Tensor]]:

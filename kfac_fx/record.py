@@ -35,9 +35,8 @@ def make_capture(
     _flatten_signature(module)
     outputs = list(fxgraph.tree_leaves(graph.output_node().args[0]))
     loss, inverse = outputs[:2]
-    start = 2 + trace.masked
-    call_losses = outputs[start : start + len(trace.calls)]
-    passes, position = [], start + len(trace.calls)
+    call_losses = outputs[2 : 2 + len(trace.calls)]
+    passes, position = [], 2 + len(trace.calls)
     for names in trace.gradients:
         seed = outputs[position]
         found = outputs[position + 1 : position + 1 + len(names)]
@@ -62,7 +61,6 @@ def make_capture(
         loss=loss,
         loss_info=_loss_info(loss_fn, batch, trace, fisher, _covers(loss, call_losses, trainable)),
         inverse_scale=inverse,
-        kept=outputs[2] if trace.masked else None,
         passes=tuple(passes),
         backward=fxgraph.descendants(p.seed for p in passes),
         data=fxgraph.descendants(data),
@@ -154,18 +152,33 @@ def _loss_info(loss_fn: LossFn | None, batch: Batch, trace: Trace, fisher: Fishe
             "fisher='empirical' works with every loss."
         )
     if not trace.calls:
-        note = f"unknown loss, taken as a mean over the {examples} examples of the batch"
-        return LossInfo(kind="unknown", reduction="unknown", examples=examples, terms=1, note=note)
+        return LossInfo(
+            kind="unknown",
+            reduction="unknown",
+            examples=examples,
+            terms=1,
+            unit=1.0,
+            ignores=False,
+            note=f"unknown loss, taken as a mean over the {examples} examples of the batch",
+        )
     call = trace.calls[0]
-    terms = max(1, call.num_terms // examples)
+    count = call.num_terms  # not a plain number if the loss selects rows by their values
+    terms = max(1, count // examples) if isinstance(count, int) else 1
     note = f"{call.kind} ({call.reduction}), {examples} examples x {terms} terms"
     if loss_fn is None:
         note += ", chosen by the model's output and targets"
     if not covered:
         note += ", with further terms"
     kinds = {c.kind for c in trace.calls}
-    kind = call.kind if len(kinds) == 1 else "several"
-    return LossInfo(kind=kind, reduction=call.reduction, examples=examples, terms=terms, note=note)
+    return LossInfo(
+        kind=call.kind if len(kinds) == 1 else "several",
+        reduction=call.reduction,
+        examples=examples,
+        terms=terms,
+        unit=1.0 / call.factor,
+        ignores=call.can_ignore and terms > 1,
+        note=note,
+    )
 
 
 def _parameters(

@@ -8,6 +8,7 @@ Nothing changes unless all succeeds.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -47,7 +48,7 @@ class _Compiled:
             self.mutated[variant] = mutated_placeholders(program.module)
         return self.programs[variant]
 
-    def call(self, variant: Variant, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    def call(self, variant: Variant, tensors: list[Tensor]) -> tuple[Program, tuple[Tensor, ...]]:
         """Run a variant; if it raises or its loss is not finite, buffers get their old values back."""
         module = self.program(variant).module
         first = variant not in self.callables
@@ -56,13 +57,13 @@ class _Compiled:
             run = self.callables.get(variant) or lower(module, self.backend)
             outputs = guards.first_run(run, tensors, self.plan) if first else tuple(run(*tensors))
             self.callables[variant] = run
-            guards.check_finite(outputs[0])
+            guards.check_finite(outputs[0], outputs[2])
         except BaseException:
             with torch.no_grad():
                 for tensor, old in saved:
                     tensor.copy_(old)
             raise
-        return outputs
+        return self.programs[variant], outputs
 
 
 @final
@@ -128,21 +129,22 @@ class TrainStep:
         """
         if self._pending is not None:
             raise KfacFxError(
-                "step(...) was called while accumulated batches wait: call step.update() first."
+                "step(...) was called while accumulated batches wait: call step.update() or step.discard()."
             )
-        if self._refresh_due():
-            loss = self.accumulate(inputs, targets)
-            self.update()
-            return loss
         compiled, batch = self._prepare(inputs, targets)
+        if self._refresh_due():
+            with self._rolled_back_on_error():
+                loss = self.accumulate(inputs, targets)
+                self.update()
+            return loss
         variant: Variant = "statistics" if self._statistics_due() else "plain"
-        outputs = compiled.call(variant, self._arguments(compiled, variant, batch))
-        program = compiled.program(variant)
-        gradients = dict(zip(program.gradients, outputs[2:], strict=False))
-        if variant == "statistics":
-            tensors = outputs[2 + len(program.gradients) :]
-            self._curvature.replace(compiled.plan, dict(zip(program.state_outputs, tensors, strict=True)))
-        self._apply(gradients)
+        program, outputs = compiled.call(variant, self._arguments(compiled, variant, batch))
+        gradients = dict(zip(program.gradients, outputs[3:], strict=False))
+        with self._rolled_back_on_error():
+            if variant == "statistics":
+                tensors = outputs[3 + len(program.gradients) :]
+                self._curvature.replace(compiled.plan, dict(zip(program.state_outputs, tensors, strict=True)))
+            self._apply(gradients)
         return outputs[0].detach()
 
     def accumulate(self, inputs: Any, targets: Any = None) -> Tensor:
@@ -153,10 +155,9 @@ class TrainStep:
         """
         compiled, batch = self._prepare(inputs, targets)
         variant: Variant = "batch_statistics" if self._statistics_due() else "gradients"
-        outputs = compiled.call(variant, self._arguments(compiled, variant, batch))
-        program = compiled.program(variant)
-        gradients = dict(zip(program.gradients, outputs[2:], strict=False))
-        statistics = dict(zip(program.state_outputs, outputs[2 + len(program.gradients) :], strict=True))
+        program, outputs = compiled.call(variant, self._arguments(compiled, variant, batch))
+        gradients = dict(zip(program.gradients, outputs[3:], strict=False))
+        statistics = dict(zip(program.state_outputs, outputs[3 + len(program.gradients) :], strict=True))
         with torch.no_grad():
             self._pending = Pending.add(self._pending, compiled.plan, outputs[1], gradients, statistics)
         return outputs[0].detach()
@@ -176,8 +177,23 @@ class TrainStep:
                 self._curvature.refresh()
             gradients = dict(pending.gradients)
             gradients.update(self._precondition(plan, gradients))
-        self._pending = None
         self._apply(gradients)
+        self._pending = None
+
+    def discard(self) -> None:
+        """Forget the batches that were accumulated and not yet applied."""
+        self._pending = None
+
+    @contextmanager
+    def _rolled_back_on_error(self) -> Iterator[None]:
+        """If anything fails inside, the curvature is what it was and nothing is pending."""
+        before = self._curvature.snapshot()
+        try:
+            yield
+        except BaseException:
+            self._curvature.restore(before)
+            self._pending = None
+            raise
 
     def _precondition(self, plan: Plan, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         names = gradient_names(plan)
@@ -232,12 +248,10 @@ class TrainStep:
         self._step = int(state["step"])
 
     def _statistics_due(self) -> bool:
-        return self._step % self.method.statistics_every == 0 or (
-            self._refresh_due() and self._curvature.empty
-        )
+        return self._step % self.method.statistics_every == 0 or self._curvature.empty
 
     def _refresh_due(self) -> bool:
-        return self._step % self.method.inverse_every == 0
+        return self._step % self.method.inverse_every == 0 or self._curvature.empty
 
     def _require_capture(self) -> _Compiled:
         if self._last is None:
@@ -275,6 +289,8 @@ class TrainStep:
             id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]
         }
         parameters = dict(self.model.named_parameters())
+        if any(id(parameters[match.weight]) not in rate_of for match in plan.matched):
+            guards.check_optimizer(self.optimizer, self.model)
         rates = tuple(rate_of[id(parameters[match.weight])] for match in plan.matched)
         if self._rates is None or self._rates[0] != rates:
             dtype = plan.capture.inverse_scale.meta["val"].dtype
@@ -284,9 +300,11 @@ class TrainStep:
     def _apply(self, gradients: Mapping[str, Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.grad = gradients.get(name)
-        self.optimizer.step()
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        try:
+            self.optimizer.step()
+        finally:
+            for parameter in self.model.parameters():
+                parameter.grad = None
         self._step += 1
 
 

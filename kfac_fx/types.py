@@ -68,6 +68,8 @@ class LossInfo:
     reduction: str
     examples: int
     terms: int
+    unit: float
+    ignores: bool
     note: str
 
 
@@ -87,8 +89,7 @@ class Capture:
 
     graph: placeholders are parameters, buffers, inputs, targets in that order; outputs are the loss, then one
     gradient per trainable parameter that has one. passes[0] is the training backward; the others, if any,
-    start at the model's prediction for the Fisher. kept: node of [N, R'], 1 for loss
-    terms that count and 0 for ignored ones, where terms can be ignored (else None). inverse_scale is the node
+    start at the model's prediction for the Fisher. inverse_scale is the node
     of 1/R_ (0-dim tensor): the loss is R_ times the sum of its terms. backward: nodes that depend on a seed.
     data: nodes that depend on inputs or targets.
     """
@@ -102,7 +103,6 @@ class Capture:
     loss: Node
     loss_info: LossInfo
     inverse_scale: Node
-    kept: Node | None
     passes: tuple[Pass, ...]
     backward: frozenset[Node]
     data: frozenset[Node]

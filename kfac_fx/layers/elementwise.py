@@ -33,6 +33,8 @@ class Scale:
         """A sum over the batch of a product of one tensor of each half."""
         summed = _batch_sum(term.root)
         product = base(summed[0]) if summed else base(term.root)
+        if summed is None and facts.examples == 1 and shape(product)[:1] == (1,):
+            summed = product, (0,)  # one example: autograd sums nothing
         if not is_op(product, aten.mul.Tensor) or not all(isinstance(arg, Node) for arg in product.args[:2]):
             return None
         halves = facts.halves(*product.args[:2])  # type: ignore[arg-type]
@@ -70,7 +72,10 @@ class Shift:
             return None
         if shape(summed[0])[0] % facts.examples:
             return Reason.BROADCAST_ADD
-        return _product(self.name, term.root, summed, None, summed[0], facts)
+        per_example_product = is_op(base(summed[0]), aten.bmm.default, aten.mm.default)
+        return _product(
+            "diagonal" if per_example_product else self.name, term.root, summed, None, summed[0], facts
+        )
 
     def input_rows(self, use: Use, a: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
         """Not read: a shift has no input."""

@@ -33,8 +33,9 @@ class UseValues:
 class MatchStatistics:
     """`Statistics` of a match (see `kfac_fx.contracts.Statistics`).
 
-    kinds: layer kind of each use, by name. kept: [N, R'], 0 for ignored loss terms; layers whose rows are
-    those terms leave them out of A.
+    kinds: layer kind of each use, by name. ignores: the loss can ignore terms, so that a row whose gradient
+    is zero in every pass is padding and is left out of A (methods.md 1.1). readers: uses of the other layers
+    that share A.
     """
 
     match: LayerMatch
@@ -42,7 +43,8 @@ class MatchStatistics:
     kinds: Mapping[str, LayerKind]
     inverse_scale: Tensor
     sharing: Sharing
-    kept: Tensor | None = None
+    ignores: bool = False
+    readers: tuple[tuple[UseValues, ...], ...] = ()
 
     @property
     def structure(self) -> str:
@@ -67,7 +69,8 @@ class MatchStatistics:
         rows = self._output_rows(self._oriented(swapped))
         if self.structure == "diagonal" and swapped:
             return gram.output_diagonal(rows, self.inverse_scale)
-        return gram.output_moment(rows, self.inverse_scale, sharing=self.sharing)
+        sharing = "expand" if self.structure == "diagonal" else self.sharing  # one-hot rows do not average
+        return gram.output_moment(rows, self.inverse_scale, sharing=sharing)
 
     def blocks(self) -> Tensor:
         """F: [channels, k, k] with k = 1, or 2 for (scale, shift)."""
@@ -97,12 +100,21 @@ class MatchStatistics:
     def _input_rows(self, values: UseValues) -> gram.InputRows:
         assert values.a is not None
         rows = self._kind(values.use).input_rows(values.use, values.a, values.operands)
-        aligned = self.kept is not None and rows.shape[1:3] == self.kept.shape and rows.shape[2] > 1
-        return gram.InputRows(rows=rows, ones=values.use.bias, kept=self.kept if aligned else None)
+        return gram.InputRows(rows=rows, ones=values.use.bias, kept=self._kept(values, rows.shape[2]))
+
+    def _kept(self, values: UseValues, positions: int) -> Tensor | None:
+        """1 for rows with a gradient in some pass of some reader of the input, else 0: [N, T]."""
+        if not self.ignores or positions == 1 or self.sharing == "reduce":
+            return None
+        place = next(i for i, own in enumerate(self.uses) if own is values)
+        alike = [values, *(uses[place] for uses in self.readers)]
+        seen = [self._kind(v.use).output_rows(v.use, g, v.operands) != 0 for v in alike for g in v.g]
+        return torch.stack([rows.any(-1).any(0) for rows in seen]).any(0)
 
     def _input_moment(self, uses: tuple[UseValues, ...]) -> Tensor:
         rows = [self._input_rows(values) for values in uses]
-        return gram.input_moment(rows, sharing=self.sharing, bias=self.match.bias is not None)
+        sharing = "expand" if self.structure == "diagonal" else self.sharing
+        return gram.input_moment(rows, sharing=sharing, bias=self.match.bias is not None)
 
     def _frequencies(self, uses: tuple[UseValues, ...]) -> Tensor:
         assert uses[0].a is not None
@@ -124,6 +136,6 @@ class MatchStatistics:
         Uses of one pass are joined over positions where positions are summed.
         """
         per_use = [[self._scaled(values, g) for g in values.g] for values in uses]
-        if self.sharing == "expand":
+        if self.sharing == "expand" or self.structure == "diagonal":
             return [rows for passes in per_use for rows in passes]
         return [torch.cat(passes, 2) for passes in zip(*per_use, strict=True)]
