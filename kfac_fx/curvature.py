@@ -105,10 +105,8 @@ class Curvature:
         """Fold accumulated batch statistics into the moving averages."""
         weights = self.next_weights(plan)
         for index, match in enumerate(plan.matched):
-            own = (
-                n for n in self._method.statistics_names(match) if state_owner(plan, match, n) == match.key
-            )
-            names = [name for name in own if (match.key, name) in batch]
+            owned = [n for n in self._method.statistics_names(match) if (match.key, n) in batch]
+            names = [name for name in owned if state_owner(plan, match, name) == match.key]
             tensors = {name: batch[match.key, name] for name in names}
             state = {name: self._tensors[match.key, name] for name in names}
             averaged = self._method.moving_average(state, tensors, weight=weights[index])

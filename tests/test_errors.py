@@ -547,7 +547,7 @@ def test_a_step_while_batches_wait_says_what_to_call() -> None:
     before = snapshot(model)
     step.accumulate(*batch())
     buffers = snapshot(model)
-    said(message(errors.KfacFxError, step, *batch()), "accumulated", "step.update() first")
+    said(message(errors.KfacFxError, step, *batch()), "accumulated", "step.update()", "step.discard()")
     said(message(errors.KfacFxError, step.state_dict), "accumulated", "step.update() first")
     assert differing(snapshot(model), buffers) == []
     assert set(differing(buffers, before)) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
