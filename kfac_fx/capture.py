@@ -30,7 +30,6 @@ def capture(
     batch: Batch,
     *,
     fisher: Fisher = "empirical",
-    exclude: Callable[[str], bool] = lambda name: False,
 ) -> Capture:
     """Trace one training step of `model` on a batch of these shapes.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -19,73 +18,15 @@ from torch.fx import GraphModule
 from kfac_fx import guards
 from kfac_fx.batch import Batch, flatten_batch
 from kfac_fx.canonical import gradient_names, initial_state, state_owner
+from kfac_fx.compiled import Compiled, Graphs
 from kfac_fx.contracts import Method, Plan
 from kfac_fx.curvature import Curvature, Pending
 from kfac_fx.errors import KfacFxError
 from kfac_fx.functions import precondition_function
-from kfac_fx.instrument import Program, Variant, instrument
-from kfac_fx.lower import execution, lower, mutated_placeholders, resolve_backend
+from kfac_fx.instrument import Variant
+from kfac_fx.lower import execution, resolve_backend
 from kfac_fx.trace import trace
 from kfac_fx.types import Fisher, LossFn, Sharing
-
-
-@final
-@dataclass(kw_only=True)
-class _Compiled:
-    """One captured batch shape: its plan and the programs written so far."""
-
-    plan: Plan
-    backend: str
-    programs: dict[Variant, Program] = field(default_factory=dict)
-    callables: dict[Variant, Any] = field(default_factory=dict)
-    mutated: dict[Variant, tuple[int, ...]] = field(default_factory=dict)
-
-    def program(self, variant: Variant) -> Program:
-        """The variant's program, written at its first use."""
-        if variant not in self.programs:
-            program = instrument(self.plan, variant)
-            self.programs[variant] = program
-            self.mutated[variant] = mutated_placeholders(program.module)
-        return self.programs[variant]
-
-    def call(self, variant: Variant, tensors: list[Tensor]) -> tuple[Program, tuple[Tensor, ...]]:
-        """Run a variant; if it raises or its loss is not finite, buffers get their old values back."""
-        module = self.program(variant).module
-        first = variant not in self.callables
-        saved = [(tensors[i], tensors[i].clone()) for i in self.mutated[variant]]
-        try:
-            run = self.callables.get(variant) or lower(module, self.backend)
-            outputs = guards.first_run(run, tensors, self.plan) if first else tuple(run(*tensors))
-            self.callables[variant] = run
-            guards.check_finite(outputs[0], outputs[2])
-        except BaseException:
-            with torch.no_grad():
-                for tensor, old in saved:
-                    tensor.copy_(old)
-            raise
-        return self.programs[variant], outputs
-
-
-@final
-class _Graphs(Mapping[str, GraphModule]):
-    """Variants of the last captured batch shape, written on demand."""
-
-    def __init__(self, compiled: _Compiled) -> None:
-        self._compiled = compiled
-
-    def __getitem__(self, name: str) -> GraphModule:
-        """The rewritten graph of that variant."""
-        if name not in tuple(self):
-            raise KeyError(name)
-        return self._compiled.program(name).module  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[str]:
-        """Names of the variants."""
-        return iter(("plain", "statistics", "gradients", "batch_statistics"))
-
-    def __len__(self) -> int:
-        """Number of variants."""
-        return 4
 
 
 @final
@@ -115,8 +56,8 @@ class TrainStep:
         self._options = {"fisher": fisher, "sharing": sharing, "exclude": exclude, "strict": strict}
         self._backend = resolve_backend(backend, guards.model_device(model))
         self._fingerprint = guards.fingerprint(model)
-        self._compiled: dict[object, _Compiled] = {}
-        self._last: _Compiled | None = None
+        self._compiled: dict[object, Compiled] = {}
+        self._last: Compiled | None = None
         self._curvature = Curvature(method)
         self._pending: Pending | None = None
         self._step = 0
@@ -215,7 +156,7 @@ class TrainStep:
 
         "plain", "statistics", and the two for accumulation.
         """
-        return _Graphs(self._require_capture())
+        return Graphs(self._require_capture())
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -253,14 +194,14 @@ class TrainStep:
     def _refresh_due(self) -> bool:
         return self._step % self.method.inverse_every == 0 or self._curvature.empty
 
-    def _require_capture(self) -> _Compiled:
+    def _require_capture(self) -> Compiled:
         if self._last is None:
             raise KfacFxError(
                 "nothing is captured yet: tracing happens at the first call step(inputs, targets)."
             )
         return self._last
 
-    def _prepare(self, inputs: Any, targets: Any) -> tuple[_Compiled, Batch]:
+    def _prepare(self, inputs: Any, targets: Any) -> tuple[Compiled, Batch]:
         guards.check_unchanged(self.model, self._fingerprint)
         batch = flatten_batch(inputs, targets)
         guards.check_batch(batch, self.model)
@@ -269,11 +210,11 @@ class TrainStep:
             guards.check_optimizer(self.optimizer, self.model)
             plan = trace(self.model, self.loss_fn, batch, method=self.method, **self._options)
             self._curvature.adopt(plan)
-            self._compiled[key] = _Compiled(plan=plan, backend=self._backend)
+            self._compiled[key] = Compiled(plan=plan, backend=self._backend)
         self._last = self._compiled[key]
         return self._last, batch
 
-    def _arguments(self, compiled: _Compiled, variant: Variant, batch: Batch) -> list[Tensor]:
+    def _arguments(self, compiled: Compiled, variant: Variant, batch: Batch) -> list[Tensor]:
         program = compiled.program(variant)
         tensors: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), *batch.tensors]
         tensors += [self._curvature.tensor(*key) for key in program.state_inputs]

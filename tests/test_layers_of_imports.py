@@ -24,6 +24,7 @@ LAYERS = (
     ("plan", "functions"),
     ("trace", "instrument", "curvature", "guards"),
     ("lower", "check"),
+    ("compiled",),
     ("step",),
     ("__init__",),
 )

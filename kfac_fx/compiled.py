@@ -1,0 +1,78 @@
+"""One captured batch shape: its plan, the programs written so far, and how one is run so that it can fail safely.
+
+Enters: a plan and tensors in a program's order. Leaves: a program's outputs; on failure the buffers as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from kfac_fx import guards
+from kfac_fx.contracts import Plan
+from kfac_fx.instrument import VARIANTS, Program, Variant, instrument
+from kfac_fx.lower import lower, mutated_placeholders
+
+
+@final
+@dataclass(kw_only=True)
+class Compiled:
+    """One captured batch shape: its plan and the programs written so far."""
+
+    plan: Plan
+    backend: str
+    programs: dict[Variant, Program] = field(default_factory=dict)
+    callables: dict[Variant, Any] = field(default_factory=dict)
+    mutated: dict[Variant, tuple[int, ...]] = field(default_factory=dict)
+
+    def program(self, variant: Variant) -> Program:
+        """The variant's program, written at its first use."""
+        if variant not in self.programs:
+            program = instrument(self.plan, variant)
+            self.programs[variant] = program
+            self.mutated[variant] = mutated_placeholders(program.module)
+        return self.programs[variant]
+
+    def call(self, variant: Variant, tensors: list[Tensor]) -> tuple[Program, tuple[Tensor, ...]]:
+        """Run a variant; if it raises or its loss is not finite, buffers get their old values back."""
+        module = self.program(variant).module
+        first = variant not in self.callables
+        saved = [(tensors[i], tensors[i].clone()) for i in self.mutated[variant]]
+        try:
+            run = self.callables.get(variant) or lower(module, self.backend)
+            outputs = guards.first_run(run, tensors, self.plan) if first else tuple(run(*tensors))
+            self.callables[variant] = run
+            guards.check_finite(outputs[0], outputs[2])
+        except BaseException:
+            with torch.no_grad():
+                for tensor, old in saved:
+                    tensor.copy_(old)
+            raise
+        return self.programs[variant], outputs
+
+
+@final
+class Graphs(Mapping[str, GraphModule]):
+    """Variants of the last captured batch shape, written on demand."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        self._compiled = compiled
+
+    def __getitem__(self, name: str) -> GraphModule:
+        """The rewritten graph of that variant."""
+        if name not in VARIANTS:
+            raise KeyError(name)
+        return self._compiled.program(name).module  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the variants."""
+        return iter(VARIANTS)
+
+    def __len__(self) -> int:
+        """Number of variants."""
+        return len(VARIANTS)
