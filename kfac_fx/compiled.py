@@ -1,6 +1,6 @@
-"""One captured batch shape: its plan, the programs written so far, and how one is run so that it can fail safely.
+"""One captured batch shape: its plan, its programs, and how one is run so that it can fail safely.
 
-Enters: a plan and tensors in a program's order. Leaves: a program's outputs; on failure the buffers as they were.
+Enters: a plan and tensors in a program's order. Leaves: outputs, or on failure the buffers as they were.
 """
 
 from __future__ import annotations
