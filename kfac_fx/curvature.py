@@ -7,7 +7,6 @@ Enters: plans (which layers exist) and new statistics. Leaves: state tensors for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -161,88 +160,3 @@ def _misfit(match: LayerMatch, name: str, found: Tensor, wanted: Tensor) -> str:
     return (
         f"{name} of {match.key} has shape {tuple(found.shape)}, but this model needs {tuple(wanted.shape)}."
     )
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Pending:
-    """Gradients and statistics of the batches that wait for `update`, as those of one large batch.
-
-    weight: total weight of a mean loss (numbers of loss terms), 0-dim. rows: rows behind each input factor.
-    """
-
-    plan: Plan
-    weight: Tensor
-    gradients: dict[str, Tensor]
-    statistics: dict[Key, Tensor]
-    rows: dict[Key, int]
-
-    @staticmethod
-    def add(
-        before: Pending | None,
-        plan: Plan,
-        inverse_scale: Tensor,
-        gradients: Mapping[str, Tensor],
-        statistics: Mapping[Key, Tensor],
-    ) -> Pending:
-        """One more batch. A mean loss over both is the mean weighted by terms.
-
-        A sum loss adds (pitfall P10).
-        """
-        rows = {
-            (state_owner(plan, match, name), name): match.rows
-            for match in plan.matched
-            for name in plan.method.statistics_names(match)
-            if name.startswith("A")
-        }
-        if before is None:
-            return Pending(
-                plan=plan,
-                weight=inverse_scale,
-                gradients=dict(gradients),
-                statistics=dict(statistics),
-                rows=rows,
-            )
-        summed = _adds_up(plan, inverse_scale)
-        total = before.weight + inverse_scale
-        new_share = inverse_scale / total
-        merged: dict[Key, Tensor] = {}
-        totals: dict[Key, int] = {}
-        for key in {**before.statistics, **statistics}:
-            old, new = before.statistics.get(key), statistics.get(key)
-            if old is None or new is None:
-                merged[key] = old if new is None else new  # type: ignore[assignment]
-                continue
-            if key in rows:
-                totals[key] = before.rows[key] + rows[key]
-                merged[key] = torch.lerp(old, new, rows[key] / totals[key])
-            else:
-                merged[key] = old + new if summed else torch.lerp(old, new, new_share.to(old.dtype))
-        added = {
-            name: _merge(before.gradients.get(name), gradients.get(name), new_share, summed)
-            for name in {**before.gradients, **gradients}
-        }
-        return Pending(
-            plan=max(before.plan, plan, key=lambda p: len(p.matched)),
-            weight=total,
-            gradients=added,
-            statistics=merged,
-            rows={**before.rows, **rows, **totals},
-        )
-
-
-def _adds_up(plan: Plan, inverse_scale: Tensor) -> bool:
-    """Whether the losses of two batches add up to that of both (a sum), or average (a mean)."""
-    info = plan.capture.loss_info
-    if info.reduction not in ("sum", "none"):
-        return False
-    return abs(float(inverse_scale) / info.unit - 1) < 1e-5
-
-
-def _merge(old: Tensor | None, new: Tensor | None, share: Tensor, summed: bool) -> Tensor:
-    """Combine two gradients of one parameter; a missing one is zero."""
-    present = new if new is not None else old
-    assert present is not None
-    old = torch.zeros_like(present) if old is None else old
-    new = torch.zeros_like(present) if new is None else new
-    return old + new if summed else torch.lerp(old, new, share.to(old.dtype))

@@ -20,11 +20,12 @@ from kfac_fx.batch import Batch, flatten_batch
 from kfac_fx.canonical import gradient_names, initial_state, state_owner
 from kfac_fx.compiled import Compiled, Graphs
 from kfac_fx.contracts import Method, Plan
-from kfac_fx.curvature import Curvature, Pending
+from kfac_fx.curvature import Curvature
 from kfac_fx.errors import KfacFxError
 from kfac_fx.functions import precondition_function
 from kfac_fx.instrument import Variant
 from kfac_fx.lower import execution, resolve_backend
+from kfac_fx.pending import Pending
 from kfac_fx.trace import trace
 from kfac_fx.types import Fisher, LossFn, Sharing
 
@@ -100,7 +101,8 @@ class TrainStep:
         gradients = dict(zip(program.gradients, outputs[3:], strict=False))
         statistics = dict(zip(program.state_outputs, outputs[3 + len(program.gradients) :], strict=True))
         with torch.no_grad():
-            self._pending = Pending.add(self._pending, compiled.plan, outputs[1], gradients, statistics)
+            new = Pending.of(compiled.plan, outputs[1], gradients, statistics)
+            self._pending = new if self._pending is None else self._pending.joined(new)
         return outputs[0].detach()
 
     def update(self) -> None:

@@ -23,7 +23,7 @@ LAYERS = (
     ("capture", "match"),
     ("plan", "functions"),
     ("trace", "instrument", "curvature", "guards"),
-    ("lower", "check"),
+    ("lower", "check", "pending"),
     ("compiled",),
     ("step",),
     ("__init__",),

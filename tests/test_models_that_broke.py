@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import kfac_fx
 import kfac_fx.check
 from tests.helpers import batch_factors, factor_reader
-from tests.oracles import append_one, reference_factors, relative_error
+from tests.oracles import append_one, record_uses, reference_factors, relative_error
 from tests.training import Batch, Identity, differing, distance, run_plain, run_step, sgd, snapshot, twin
 
 TOLERANCE = 1e-12
@@ -232,8 +232,6 @@ def test_a_model_that_keeps_an_activation_holds_nothing_of_the_trace_and_can_be_
     other = copy.deepcopy(model)
     assert torch.equal(other(x), model(x))
     assert model.activation is not None and model.activation.shape == (6, 5)
-
-
 # ---------------------------------------------------------------- axis of the examples
 
 
@@ -279,3 +277,118 @@ def test_a_time_major_batch_gives_the_factors_of_the_same_batch_with_the_example
     rows = append_one(x.transpose(0, 1))
     rows = rows.flatten(0, 1) if sharing == "expand" else rows.mean(1)
     assert relative_error(A, rows.T @ rows / len(rows)) < TOLERANCE
+
+
+# ---------------------------------------------------------------- ignored and selected targets
+
+
+class MaskedLanguageModel(nn.Module):
+    """Attention over all tokens, then layers that work on each position alone; joint or separate q, k, v."""
+
+    def __init__(self, joint: bool) -> None:
+        super().__init__()
+        self.tokens, self.up, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 5)
+        self.qkv = nn.ModuleList([nn.Linear(4, 12)] if joint else [nn.Linear(4, 4) for _ in range(3)])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.tokens(tokens)
+        parts = torch.cat([layer(hidden) for layer in self.qkv], -1).chunk(3, -1)
+        hidden = hidden + F.scaled_dot_product_attention(*parts)
+        return self.head(hidden + torch.tanh(self.up(hidden))).transpose(1, 2)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "type2"])
+@pytest.mark.parametrize("joint", [True, False], ids=["joint qkv", "separate q, k, v"])
+def test_ignored_positions_that_attention_reads_stay_in_a(joint: bool, fisher: str) -> None:
+    """A row counts if its cotangent, in some layer that reads it, is not entirely zero."""
+    model, tokens = MaskedLanguageModel(joint).double(), torch.randint(7, (3, 6))
+    labels = torch.full((3, 6), -100)
+    labels[0, 1], labels[0, 4], labels[1, 3] = 2, 0, 4  # the third sequence is ignored entirely
+    outputs, uses = record_uses(model, tokens)
+    loss = F.cross_entropy(outputs, labels)
+    readers = [use for name in uses if name.startswith("qkv") for use in uses[name]]
+    cotangents = torch.autograd.grad(loss, [use.output for use in readers])
+    read = torch.stack([(g != 0).any(-1) for g in cotangents]).any(0)
+    labelled = labels != -100
+    assert labelled.sum() < read.sum() < read.numel()
+    found = batch_factors(model, F.cross_entropy, tokens, labels, fisher=fisher, sharing="expand")
+    for name in uses:
+        if name != "tokens.weight":
+            rows = uses[name][0].rows[:, 0][read if name.startswith("qkv") else labelled]
+            assert relative_error(found[name]["A"][0], rows.T @ rows / len(rows)) < TOLERANCE, name
+
+
+class EncoderDecoder(nn.Module):
+    """The decoder's tokens see a mean over the encoder's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, both: Tensor) -> Tensor:
+        source, target = both.unbind(1)
+        memory = torch.tanh(self.encoder(source)).mean(1, keepdim=True)
+        return self.decoder(target + memory).transpose(1, 2)
+
+
+def test_an_encoder_as_long_as_the_decoder_is_not_masked_by_the_decoders_labels() -> None:
+    model, x, labels = EncoderDecoder().double(), randn(5, 2, 6, 4), torch.randint(3, (5, 6))
+    labels[:, 3:] = -100
+    found = batch_factors(model, F.cross_entropy, x, labels, fisher="empirical", sharing="expand")
+    _, uses = record_uses(model, x)
+    for name, kept in (("encoder.weight", labels > -200), ("decoder.weight", labels >= 0)):
+        rows = uses[name][0].rows[:, 0][kept].detach()
+        assert relative_error(found[name]["A"][0], rows.T @ rows / len(rows)) < TOLERANCE, name
+
+
+def selected(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs[targets >= 0], targets[targets >= 0])
+
+
+def labels_without(*ignored: int) -> Tensor:
+    return torch.randint(3, (8,)).index_fill(0, torch.tensor(ignored), -1)
+
+
+def test_a_loss_on_selected_rows_trains_as_in_plain_pytorch_while_the_selection_changes() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    selections = [(0, 1, 2), (5,), (0, 2, 3, 4, 5, 6, 7), (1, 6)]
+    trains_as_plain_pytorch(model, selected, [(randn(8, 4), labels_without(*some)) for some in selections])
+
+
+def test_the_empirical_factor_of_a_loss_on_selected_rows_counts_the_selected_ones() -> None:
+    model, x = nn.Linear(4, 3).double(), randn(8, 4)
+    read = factor_reader(model, selected, fisher="empirical")
+    for labels in (labels_without(0, 1, 2), labels_without(4)):
+        outputs = model(x)
+        (g,) = torch.autograd.grad(selected(outputs, labels), outputs)
+        assert relative_error(read(x, labels)["weight"]["G"][0], g.T @ g * (labels >= 0).sum()) < TOLERANCE
+
+
+def test_class_weights_with_an_ignored_index_that_is_no_class() -> None:
+    """The loss is PyTorch's; R_ is one over the weights of the terms that are kept."""
+    weight = torch.rand(5, dtype=torch.float64)
+    loss_fn = nn.CrossEntropyLoss(weight=weight, ignore_index=255)
+    model, x, y = nn.Linear(4, 5).double(), randn(8, 4), torch.tensor([0, 255, 3, 4, 1, 255, 2, 2])
+    outputs = model(x)
+    loss = loss_fn(outputs, y)
+    (g,) = torch.autograd.grad(loss, outputs, retain_graph=True)
+    step = kfac_fx.compile(model, loss_fn, optimizer=sgd(model), backend="eager")
+    expected = reference_factors(model, loss_fn, x, y, fisher="type2", sharing="expand")["weight"]["G"]
+    exact = batch_factors(model, loss_fn, x, y, fisher="type2", sharing="expand")["weight"]["G"]
+    assert relative_error(exact, expected) < TOLERANCE
+    torch.testing.assert_close(step(x, y), loss.detach(), rtol=TOLERANCE, atol=0.0)
+    G = step.state_dict()["curvature"]["weight"]["G"][0]
+    assert relative_error(G, g.T @ g * weight[y[y != 255]].sum()) < TOLERANCE
+
+
+def test_squared_error_with_its_arguments_swapped_has_the_same_exact_factors() -> None:
+    model, x, t = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), randn(6, 4), randn(6, 3)
+
+    def swapped(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(targets, outputs)
+
+    expected = reference_factors(model, nn.MSELoss(), x, t, fisher="type2", sharing="expand")
+    found = batch_factors(model, swapped, x, t, fisher="type2", sharing="expand")
+    for name in expected:
+        assert relative_error(found[name]["A"], expected[name]["A"]) < TOLERANCE
+        assert relative_error(found[name]["G"], expected[name]["G"]) < TOLERANCE

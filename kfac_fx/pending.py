@@ -1,0 +1,96 @@
+"""Batches that wait for `update`: their gradients and statistics as those of one large batch (pitfall P10).
+
+Enters: what a program returned for one batch. Leaves: a frozen `Pending`. Tensors and records only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from kfac_fx.canonical import state_owner
+from kfac_fx.contracts import Plan
+from kfac_fx.curvature import Key
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """Gradients and statistics of the batches so far.
+
+    weight: their total 1/R_, 0-dim (the number of loss terms of a mean loss). rows: rows behind each input factor.
+    """
+
+    plan: Plan
+    weight: Tensor
+    gradients: dict[str, Tensor]
+    statistics: dict[Key, Tensor]
+    rows: dict[Key, int]
+
+    @staticmethod
+    def of(
+        plan: Plan, weight: Tensor, gradients: Mapping[str, Tensor], statistics: Mapping[Key, Tensor]
+    ) -> Pending:
+        """One batch. weight: 1/R_ of its loss."""
+        rows = {
+            (state_owner(plan, match, name), name): match.rows
+            for match in plan.matched
+            for name in plan.method.statistics_names(match)
+            if name.startswith("A")
+        }
+        return Pending(
+            plan=plan, weight=weight, gradients=dict(gradients), statistics=dict(statistics), rows=rows
+        )
+
+    def joined(self, other: Pending) -> Pending:
+        """Both as one: a mean loss averages, weighted by its terms; a sum loss adds up."""
+        summed = _adds_up(other)
+        share = other.weight / (self.weight + other.weight)
+        statistics = {
+            key: _joined_statistic(key, self, other, share, summed)
+            for key in {**self.statistics, **other.statistics}
+        }
+        gradients = {
+            name: _joined_gradient(self.gradients.get(name), other.gradients.get(name), share, summed)
+            for name in {**self.gradients, **other.gradients}
+        }
+        return Pending(
+            plan=max(self.plan, other.plan, key=lambda plan: len(plan.matched)),
+            weight=self.weight + other.weight,
+            gradients=gradients,
+            statistics=statistics,
+            rows={key: self.rows.get(key, 0) + other.rows.get(key, 0) for key in {**self.rows, **other.rows}},
+        )
+
+
+def _adds_up(batch: Pending) -> bool:
+    """Whether the loss of two batches is the sum of both, not their mean."""
+    info = batch.plan.capture.loss_info
+    if info.reduction not in ("sum", "none"):
+        return False
+    return abs(float(batch.weight) / info.unit - 1) < 1e-5
+
+
+def _joined_statistic(key: Key, first: Pending, second: Pending, share: Tensor, summed: bool) -> Tensor:
+    """Input factors are means over rows; output factors follow the loss."""
+    old, new = first.statistics.get(key), second.statistics.get(key)
+    if old is None or new is None:
+        return old if new is None else new  # type: ignore[return-value]
+    if key in second.rows:
+        if second.plan.capture.loss_info.ignores:  # the rows that count are those of the terms that count
+            return torch.lerp(old, new, share.to(old.dtype))
+        return torch.lerp(old, new, second.rows[key] / (first.rows[key] + second.rows[key]))
+    return old + new if summed else torch.lerp(old, new, share.to(old.dtype))
+
+
+def _joined_gradient(old: Tensor | None, new: Tensor | None, share: Tensor, summed: bool) -> Tensor:
+    """A parameter that one of the batches does not reach has gradient zero there."""
+    present = new if new is not None else old
+    assert present is not None
+    old = torch.zeros_like(present) if old is None else old
+    new = torch.zeros_like(present) if new is None else new
+    return old + new if summed else torch.lerp(old, new, share.to(old.dtype))
