@@ -129,11 +129,11 @@ def _patches_of_padded(x: Tensor, geometry: Geometry) -> Tensor:
     x = x[index]  # [N, C, *T, *K]
     if geometry.transposed:
         x = x.flip(tuple(range(-space, 0)))
-    num, channels = x.shape[:2]
-    groups, kernel_volume = geometry.groups, math.prod(geometry.kernel)
-    positions = math.prod(x.shape[2 : 2 + space])
-    x = x.reshape(num, groups, channels // groups, positions, kernel_volume)
-    return x.permute(1, 0, 3, 2, 4).reshape(groups, num, positions, channels // groups * kernel_volume)
+    groups, volume = geometry.groups, math.prod(geometry.kernel)
+    num, channels, positions = x.shape[0], x.shape[1] // groups, math.prod(x.shape[2 : 2 + space])
+    x = x.unflatten(1, (groups, channels))  # a view still: the one copy is the last reshape
+    t, k = range(3, 3 + space), range(3 + space, 3 + 2 * space)
+    return x.permute(1, 0, *t, 2, *k).reshape(groups, num, positions, channels * volume)
 
 
 def _upsampled(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:

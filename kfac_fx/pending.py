@@ -22,7 +22,7 @@ from kfac_fx.curvature import Key
 class Pending:
     """Gradients and statistics of the batches so far.
 
-    weight: their total 1/R_, 0-dim (the number of loss terms of a mean loss). rows: rows behind each input factor.
+    weight: their total 1/R_, 0-dim (the number of loss terms of a mean loss). rows: rows behind each A.
     """
 
     plan: Plan
