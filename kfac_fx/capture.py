@@ -66,18 +66,25 @@ def _distinct(tensors: list[Tensor]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """What forward stores on modules (activations, counters) is forgotten.
-
-    Tracing must not change the model.
-    """
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    """Undo what forward stores on modules (activations, counters): tracing must not change the model."""
+    own = ("_parameters", "_buffers", "_modules")
+    before = [(vars(m), {n: (v, _contents(v)) for n, v in vars(m).items()}) for m in model.modules()]
     try:
         yield
     finally:
-        for module, attributes in before:
-            for name in [n for n in vars(module) if n not in attributes]:
-                del vars(module)[name]
-            vars(module).update(attributes)
+        for attributes, saved in before:
+            for name in [n for n in attributes if n not in saved]:
+                del attributes[name]
+            for name, (value, contents) in saved.items():
+                attributes[name] = value
+                if contents is not None and name not in own:
+                    value.clear()
+                    (value.extend if isinstance(value, list) else value.update)(contents)
+
+
+def _contents(value: object) -> list[object] | dict[object, object] | set[object] | None:
+    """A copy of a plain container, one level deep; None for anything else."""
+    return value.copy() if type(value) in (list, dict, set) else None  # type: ignore[attr-defined]
 
 
 def _joint_function(

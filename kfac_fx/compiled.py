@@ -5,6 +5,7 @@ Enters: a plan and tensors in a program's order. Leaves: outputs, or on failure 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -37,6 +38,12 @@ class Compiled:
             self.programs[variant] = program
             self.mutated[variant] = mutated_placeholders(program.module)
         return self.programs[variant]
+
+    @functools.cached_property
+    def changing_buffers(self) -> frozenset[str]:
+        """Names of the buffers that running the model changes in place."""
+        names = [*(p.name for p in self.plan.capture.parameters), *self.plan.capture.buffers]
+        return frozenset(names[i] for i in mutated_placeholders(self.plan.capture.graph))
 
     def call(self, variant: Variant, tensors: list[Tensor]) -> tuple[Program, tuple[Tensor, ...]]:
         """Run a variant; if it raises or its loss is not finite, buffers get their old values back."""

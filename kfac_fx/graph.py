@@ -210,6 +210,13 @@ def is_mutation(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def assigns_placeholder(node: Node) -> bool:
+    """Whether the node writes a whole new value into a placeholder (a buffer that forward assigned anew)."""
+    if not is_op(node, aten.copy_.default):
+        return False
+    return isinstance(node.args[0], Node) and node.args[0].op == "placeholder"
+
+
 def is_random(node: Node) -> bool:
     """Whether running the node draws random numbers."""
     return (

@@ -120,7 +120,8 @@ class _Writer:
         last = _last_training_node(self.plan)
         collects = self.variant in ("statistics", "batch_statistics")
         for node in self.plan.capture.graph.graph.nodes:
-            if fxgraph.has_effect(node) and (not seen_end or (collects and fxgraph.is_mutation(node))):
+            late = (collects and fxgraph.is_mutation(node)) or fxgraph.assigns_placeholder(node)
+            if fxgraph.has_effect(node) and (not seen_end or late):
                 keep.add(self.map[node])
             seen_end = seen_end or node is last
         return frozenset(keep)

@@ -74,15 +74,14 @@ class TrainStep:
                 "step(...) was called while accumulated batches wait: call step.update() or step.discard()."
             )
         compiled, batch = self._prepare(inputs, targets)
-        if self._refresh_due():
-            with self._rolled_back_on_error():
+        with self._rolled_back_on_error():
+            if self._refresh_due():
                 loss = self.accumulate(inputs, targets)
                 self.update()
-            return loss
-        variant: Variant = "statistics" if self._statistics_due() else "plain"
-        program, outputs = compiled.call(variant, self._arguments(compiled, variant, batch))
-        gradients = dict(zip(program.gradients, outputs[3:], strict=False))
-        with self._rolled_back_on_error():
+                return loss
+            variant: Variant = "statistics" if self._statistics_due() else "plain"
+            program, outputs = compiled.call(variant, self._arguments(compiled, variant, batch))
+            gradients = dict(zip(program.gradients, outputs[3:], strict=False))
             if variant == "statistics":
                 tensors = outputs[3 + len(program.gradients) :]
                 self._curvature.replace(compiled.plan, dict(zip(program.state_outputs, tensors, strict=True)))
@@ -113,14 +112,15 @@ class TrainStep:
                 "step.update() has nothing to apply: call step.accumulate(inputs, targets) first."
             )
         plan = pending.plan
-        with execution():
+        with self._rolled_back_on_error(), execution():
+            refresh = self._refresh_due()
             if pending.statistics:
                 self._curvature.fold(plan, pending.statistics)
-            if self._refresh_due():
+            if refresh:
                 self._curvature.refresh()
             gradients = dict(pending.gradients)
             gradients.update(self._precondition(plan, gradients))
-        self._apply(gradients)
+            self._apply(gradients)
         self._pending = None
 
     def discard(self) -> None:
@@ -129,13 +129,18 @@ class TrainStep:
 
     @contextmanager
     def _rolled_back_on_error(self) -> Iterator[None]:
-        """If anything fails inside, the curvature is what it was and nothing is pending."""
-        before = self._curvature.snapshot()
+        """If anything fails inside, curvature, waiting batches and changed buffers are what they were."""
+        before, pending = self._curvature.snapshot(), self._pending
+        changing = self._require_capture().changing_buffers
+        buffers = [(b, b.clone()) for name, b in self.model.named_buffers() if name in changing]
         try:
             yield
         except BaseException:
             self._curvature.restore(before)
-            self._pending = None
+            self._pending = pending
+            with torch.no_grad():
+                for buffer, old in buffers:
+                    buffer.copy_(old)
             raise
 
     def _precondition(self, plan: Plan, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -232,7 +237,7 @@ class TrainStep:
             id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]
         }
         parameters = dict(self.model.named_parameters())
-        if any(id(parameters[match.weight]) not in rate_of for match in plan.matched):
+        if any(id(p) not in rate_of for p in parameters.values() if p.requires_grad):
             guards.check_optimizer(self.optimizer, self.model)
         rates = tuple(rate_of[id(parameters[match.weight])] for match in plan.matched)
         if self._rates is None or self._rates[0] != rates:

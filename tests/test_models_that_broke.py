@@ -383,7 +383,7 @@ def test_class_weights_with_an_ignored_index_that_is_no_class() -> None:
     assert relative_error(G, g.T @ g * weight[y[y != 255]].sum()) < TOLERANCE
 
 
-def test_squared_error_with_its_arguments_swapped_has_the_same_exact_factors() -> None:
+def test_squared_error_with_swapped_arguments_has_the_same_exact_factors() -> None:
     model, x, t = (
         nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(),
         randn(6, 4),

@@ -284,8 +284,8 @@ def test_a_layer_that_is_unfrozen_later_is_preconditioned_in_the_same_step() -> 
     rows = append_one(x)
     A, G = rows.T @ rows / len(x), g.T @ g * len(x)
     pi = math.sqrt(float(A.trace() / len(A)) / float(G.trace() / len(G)))
-    A_inverse = torch.linalg.inv(A + pi * math.sqrt(damping) * torch.eye(len(A)))
-    G_inverse = torch.linalg.inv(G + math.sqrt(damping) / pi * torch.eye(len(G)))
+    A_inverse = torch.linalg.inv(A + pi * math.sqrt(damping) * torch.eye(len(A)).double())
+    G_inverse = torch.linalg.inv(G + math.sqrt(damping) / pi * torch.eye(len(G)).double())
     direction = G_inverse @ (g.T @ rows) @ A_inverse
     before = torch.cat([model[0].weight, model[0].bias[:, None]], 1).detach()
     step(x, y)
