@@ -65,7 +65,7 @@ class Compiled:
 
 @final
 class Graphs(Mapping[str, GraphModule]):
-    """Variants of the last captured batch shape, written on demand."""
+    """Variants of one captured batch shape, written on demand."""
 
     def __init__(self, compiled: Compiled) -> None:
         self._compiled = compiled

@@ -131,7 +131,7 @@ class TrainStep:
     def _rolled_back_on_error(self) -> Iterator[None]:
         """If anything fails inside, curvature, waiting batches and changed buffers are what they were."""
         before, pending = self._curvature.snapshot(), self._pending
-        changing = self._require_capture().changing_buffers
+        changing = set() if self._last is None else self._last.changing_buffers
         buffers = [(b, b.clone()) for name, b in self.model.named_buffers() if name in changing]
         try:
             yield
@@ -154,16 +154,16 @@ class TrainStep:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the last captured batch shape; `print(step.plan)` is the report."""
-        return self._require_capture().plan
+        """The plan of the first batch shape; `print(step.plan)` is the report."""
+        return self._first().plan
 
     @property
     def graphs(self) -> Mapping[str, GraphModule]:
-        """Rewritten graphs of the last captured batch shape.
+        """Rewritten graphs of the first batch shape.
 
-        "plain", "statistics", and the two for accumulation.
+        "plain" and "statistics", and for accumulation "gradients" and "batch_statistics".
         """
-        return Graphs(self._require_capture())
+        return Graphs(self._first())
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -201,12 +201,12 @@ class TrainStep:
     def _refresh_due(self) -> bool:
         return self._step % self.method.inverse_every == 0 or self._curvature.empty
 
-    def _require_capture(self) -> Compiled:
-        if self._last is None:
+    def _first(self) -> Compiled:
+        if not self._compiled:
             raise KfacFxError(
                 "nothing is captured yet: tracing happens at the first call step(inputs, targets)."
             )
-        return self._last
+        return next(iter(self._compiled.values()))
 
     def _prepare(self, inputs: Any, targets: Any) -> tuple[Compiled, Batch]:
         guards.check_unchanged(self.model, self._fingerprint)
