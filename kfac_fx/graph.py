@@ -23,6 +23,7 @@ from kfac_fx.errors import CaptureError
 from kfac_fx.types import Source
 
 aten = torch.ops.aten
+BATCH_NORMS = (aten.native_batch_norm.default, aten.cudnn_batch_norm.default)
 tree_flatten, tree_unflatten, tree_leaves, tree_map = (
     pytree.tree_flatten,
     pytree.tree_unflatten,

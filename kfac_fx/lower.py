@@ -15,7 +15,6 @@ from kfac_fx.errors import check_choice
 from kfac_fx.walk import base
 
 BACKENDS = ("auto", "eager", "inductor")
-_NORMS = {torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default}
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -58,8 +57,8 @@ def mutated_placeholders(module: GraphModule) -> tuple[int, ...]:
     placeholders = module.graph.find_nodes(op="placeholder")
     found = set()
     for node in module.graph.nodes:
-        if node.op == "call_function" and (fxgraph.is_mutation(node) or node.target in _NORMS):
-            read = node.all_input_nodes if node.target in _NORMS else node.all_input_nodes[:1]
+        if node.op == "call_function" and (fxgraph.is_mutation(node) or node.target in fxgraph.BATCH_NORMS):
+            read = node.all_input_nodes if node.target in fxgraph.BATCH_NORMS else node.all_input_nodes[:1]
             found.update(base(argument) for argument in read)
     return tuple(
         i for i, node in enumerate(placeholders) if node in found and not str(node.target).startswith("p_")

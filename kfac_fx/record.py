@@ -46,6 +46,8 @@ def make_capture(
     _name_placeholders(placeholders, [*parameters], [*buffers], batch)
     _drop_detach(graph)
     _share_recomputed_randomness(graph, passes[0].seed)
+    if len(passes) > 1:
+        _keep_buffers(graph, [loss, *passes[0].gradients.values()])
     graph.output_node().args = ((loss, *passes[0].gradients.values()),)
     module.recompile()
     records = _parameters(model, parameters, placeholders)
@@ -129,6 +131,22 @@ def _share_recomputed_randomness(graph: Graph, seed: Node) -> None:
             shared.add(first)
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _keep_buffers(graph: Graph, training: list[Node]) -> None:
+    """Let the Fisher's passes leave buffers alone: what they recompute of a checkpoint is no new batch."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    last = max(order[node] for node in training)
+    for node in [n for n in graph.nodes if order[n] > last]:
+        if fxgraph.is_op(node, *fxgraph.BATCH_NORMS):
+            node.args = (*node.args[:3], None, None, *node.args[5:])
+        elif fxgraph.is_mutation(node) and not fxgraph.assigns_placeholder(node):
+            changed = root = node.args[0]
+            while isinstance(root, Node) and root.op == "call_function" and fxgraph.is_mutation(root):
+                root = root.args[0]
+            if isinstance(changed, Node) and isinstance(root, Node) and root.op == "placeholder":
+                node.replace_all_uses_with(changed)
+                graph.erase_node(node)
 
 
 def _covers(loss: Node, call_losses: list[Node], trainable: list[Node]) -> bool:

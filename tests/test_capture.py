@@ -415,3 +415,32 @@ def test_hugging_face_models_train_on_their_own_loss() -> None:
     plan = kfac_fx.inspect(example.model, None, example.inputs)
     assert plan.capture.loss_info.kind == "cross_entropy"
     assert torch.equal(evaluate(plan, example.model, *example.inputs.values())[0], zoo.loss(example).detach())
+
+
+class CheckpointedNorm(nn.Module):
+    """A BatchNorm inside a region that the backward computes again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh())
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("fisher", ["mc", "type2"])
+def test_the_passes_of_the_fisher_do_not_count_as_further_batches_of_a_norm(fisher: str) -> None:
+    torch.manual_seed(0)
+    plain, x, y = CheckpointedNorm(), torch.randn(6, 4), torch.randint(3, (6,))
+    model = twin(plain)
+    step = kfac_fx.compile(model, F.cross_entropy, fisher=fisher, backend="eager")  # type: ignore[arg-type]
+    for _ in range(3):
+        expected = F.cross_entropy(plain(x), y)
+        expected.backward()
+        step(x, y)
+        plain.load_state_dict({**plain.state_dict(), **dict(model.named_parameters())})
+    buffers = dict(plain.named_buffers())
+    assert buffers["body.1.num_batches_tracked"] > 0
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, buffers[name])
