@@ -205,10 +205,21 @@ def _match(capture: Capture, item: Found, bias: Bias | None, owners: dict[object
         d_in=first.d_in + (bias is not None and kronecker),
         d_out=first.d_out,
         rows=sum(p.rows for p in item.products),
+        examples=_examples(uses[item.swapped.index(False)], first),
         numel=numel + (0 if bias is None else _bias_numel(item, bias)),
         shared_a=owners.setdefault(share, key),
         source=capture.user_sources.get(name),
     )
+
+
+def _examples(use: Use, product: Product) -> int:
+    """Length of the example axis of the use's rows."""
+    if product.structure == "block":
+        return product.rows
+    kind = next(k for k in KINDS if k.name == product.options["kind"])
+    operands = tuple(torch.empty_like(fxgraph.value(node), device="meta") for node in use.operands)
+    g = torch.empty_like(fxgraph.value(use.g[0]), device="meta")
+    return kind.output_rows(use, g, operands).shape[1]
 
 
 def _kind_name(item: Found, first: Product) -> str:

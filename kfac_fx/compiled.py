@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from kfac_fx import guards
 from kfac_fx.contracts import Plan
+from kfac_fx.curvature import Curvature, Key
 from kfac_fx.instrument import VARIANTS, Program, Variant, instrument
 from kfac_fx.lower import lower, mutated_placeholders
 
@@ -27,14 +28,20 @@ class Compiled:
 
     plan: Plan
     backend: str
+    curvature: Curvature
+    sizes: dict[Key, tuple[int, ...]] = field(default_factory=dict)
     programs: dict[Variant, Program] = field(default_factory=dict)
     callables: dict[Variant, Any] = field(default_factory=dict)
     mutated: dict[Variant, tuple[int, ...]] = field(default_factory=dict)
 
     def program(self, variant: Variant) -> Program:
-        """The variant's program, written at its first use."""
+        """The variant's program, written at its first use, and again if a thin factor has grown."""
+        if self.sizes != (sizes := self.curvature.sizes()):
+            self.sizes = sizes
+            self.programs.clear()
+            self.callables.clear()
         if variant not in self.programs:
-            program = instrument(self.plan, variant)
+            program = instrument(self.plan, variant, sizes=self.sizes)
             self.programs[variant] = program
             self.mutated[variant] = mutated_placeholders(program.module)
         return self.programs[variant]

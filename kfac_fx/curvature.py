@@ -18,7 +18,8 @@ from kfac_fx.errors import StateError
 from kfac_fx.types import LayerMatch, State
 
 Key = tuple[str, str]
-Snapshot = tuple[dict[Key, Tensor], dict[str, int], int, int]
+Counted = int | Tensor
+Snapshot = tuple[dict[Key, Tensor], dict[str, int], dict[str, int], Counted, Counted]
 
 
 @final
@@ -30,14 +31,26 @@ class Curvature:
         self._tensors: dict[Key, Tensor] = {}
         self._layers: dict[str, dict[str, Key]] = {}
         self._counts: dict[str, int] = {}
+        self._refreshes: dict[str, int] = {}
+        self._rows: dict[str, tuple[int, int]] = {}
         self._loaded: dict[str, State] = {}
-        self.retried = 0
-        self.kept_last = 0
+        self.retried: Counted = 0
+        self.kept_last: Counted = 0
 
     @property
     def empty(self) -> bool:
         """Whether some layer has no statistics yet."""
         return not all(self._counts.get(key) for key in self._layers)
+
+    @property
+    def rows(self) -> Mapping[str, tuple[int, int]]:
+        """(rows, examples) of the batch that laid out a layer's state, where its sizes depend on them."""
+        return self._rows
+
+    def sizes(self) -> dict[Key, tuple[int, ...]]:
+        """Shapes of the state tensors that may grow."""
+        growing = self._method.growing_names
+        return {key: tuple(t.shape) for key, t in self._tensors.items() if key[1] in growing}
 
     def tensor(self, key: str, name: str) -> Tensor:
         """One state tensor."""
@@ -45,15 +58,16 @@ class Curvature:
 
     def snapshot(self) -> Snapshot:
         """What `restore` needs to undo later changes; tensors are never changed in place."""
-        return dict(self._tensors), dict(self._counts), self.retried, self.kept_last
+        counts = dict(self._counts), dict(self._refreshes)
+        return dict(self._tensors), *counts, self.retried, self.kept_last
 
     def restore(self, snapshot: Snapshot) -> None:
         """Back to the state of `snapshot`."""
-        tensors, counts, self.retried, self.kept_last = snapshot
-        self._tensors, self._counts = dict(tensors), dict(counts)
+        tensors, counts, refreshes, self.retried, self.kept_last = snapshot
+        self._tensors, self._counts, self._refreshes = dict(tensors), dict(counts), dict(refreshes)
 
     def replace(self, plan: Plan, new: Mapping[Key, Tensor]) -> None:
-        """Take the moving averages that a program has computed."""
+        """Take the state that a program has computed."""
         self._tensors.update(new)
         for match in plan.matched:
             self._counts[match.key] = self._counts.get(match.key, 0) + 1
@@ -83,10 +97,12 @@ class Curvature:
                 present = self._tensors.get(places[name])
                 if loaded is not None:
                     present = self._fit(match, name, loaded, tensor)
-                if present is not None and present.shape != tensor.shape:
+                if present is not None and not self._fits(name, present, tensor):
                     raise StateError(_misfit(match, name, present, tensor))
                 new[places[name]] = tensor if present is None else present
             layers[match.key] = places
+            if self._method.growing_names:
+                self._rows.setdefault(match.key, match.laid_out)
         self._tensors.update(new)
         self._layers.update(layers)
         for key in layers:
@@ -96,20 +112,26 @@ class Curvature:
         if name not in loaded:
             raise StateError(f"the saved state of {match.key} has no {name}: it was saved by another method.")
         found = loaded[name]
-        if found.shape != fresh.shape:
+        if not self._fits(name, found, fresh):
             raise StateError(_misfit(match, name, found, fresh))
         return found.to(dtype=fresh.dtype, device=fresh.device)
 
-    def fold(self, plan: Plan, batch: Mapping[Key, Tensor]) -> None:
-        """Fold accumulated batch statistics into the moving averages."""
+    def _fits(self, name: str, found: Tensor, fresh: Tensor) -> bool:
+        if name not in self._method.growing_names:
+            return found.shape == fresh.shape
+        return found.shape[:1] + found.shape[2:] == fresh.shape[:1] + fresh.shape[2:]
+
+    def fold(self, plan: Plan, batch: Mapping[Key, Tensor], inverse_scale: Tensor) -> None:
+        """Fold accumulated batch statistics into the state. inverse_scale: 1/R_ of all of them, 0-dim."""
         weights = self.next_weights(plan)
         for index, match in enumerate(plan.matched):
             owned = [n for n in self._method.statistics_names(match) if (match.key, n) in batch]
             names = [name for name in owned if state_owner(plan, match, name) == match.key]
             tensors = {name: batch[match.key, name] for name in names}
-            state = {name: self._tensors[match.key, name] for name in names}
-            averaged = self._method.moving_average(state, tensors, weight=weights[index])
-            self._tensors.update({(match.key, name): tensor for name, tensor in averaged.items()})
+            places = self._layers[match.key]
+            state = {name: self._tensors[place] for name, place in places.items()}
+            changed = self._method.fold(state, tensors, weight=weights[index], inverse_scale=inverse_scale)
+            self._tensors.update({places[name]: tensor for name, tensor in changed.items()})
             self._counts[match.key] = self._counts.get(match.key, 0) + 1
 
     def refresh(self) -> None:
@@ -119,7 +141,9 @@ class Curvature:
             for key, places in self._layers.items()
             if self._counts.get(key)
         }
-        new, refreshed = self._method.refresh(states)
+        counts = {key: self._refreshes.get(key, 0) for key in states}
+        new, refreshed = self._method.refresh(states, counts=counts)
+        self._refreshes.update({key: count + 1 for key, count in counts.items()})
         for key, tensors in new.items():
             for name, tensor in tensors.items():
                 self._tensors[self._layers[key][name]] = tensor
@@ -134,7 +158,13 @@ class Curvature:
         layers = {
             key: {n: self._tensors[p] for n, p in places.items()} for key, places in self._layers.items()
         }
-        counts = {"statistics": dict(self._counts), "retried": self.retried, "kept_last": self.kept_last}
+        counts = {
+            "statistics": dict(self._counts),
+            "refreshes": dict(self._refreshes),
+            "rows": {key: list(rows) for key, rows in self._rows.items()},
+            "retried": int(self.retried),
+            "kept_last": int(self.kept_last),
+        }
         return {"curvature": {**self._loaded, **layers}, "counts": counts}
 
     def load_state_dict(self, state: Mapping[str, Any], plans: Sequence[Plan]) -> None:
@@ -147,13 +177,16 @@ class Curvature:
         missing = [match.key for plan in plans for match in plan.matched if match.key not in probe._loaded]
         if missing:
             raise StateError(f"the saved state has no curvature for: {', '.join(sorted(set(missing)))}.")
-        probe._counts = {key: int(count) for key, count in state["counts"]["statistics"].items()}
+        counts = state["counts"]
+        probe._counts = {key: int(count) for key, count in counts["statistics"].items()}
+        probe._refreshes = {key: int(count) for key, count in counts.get("refreshes", {}).items()}
+        probe._rows = {key: (rows[0], rows[1]) for key, rows in counts.get("rows", {}).items()}
         for plan in plans:
             probe.adopt(plan)
         self._tensors, self._layers = probe._tensors, probe._layers
         self._counts, self._loaded = probe._counts, probe._loaded
-        self.retried = int(state["counts"]["retried"])
-        self.kept_last = int(state["counts"]["kept_last"])
+        self._refreshes, self._rows = probe._refreshes, probe._rows
+        self.retried, self.kept_last = int(counts["retried"]), int(counts["kept_last"])
 
 
 def _misfit(match: LayerMatch, name: str, found: Tensor, wanted: Tensor) -> str:

@@ -75,6 +75,7 @@ class Reason(enum.Enum):
     OUTSIDE_FISHER = "outside-fisher"
     COMPLEX_DTYPE = "complex-dtype"
     TOO_LARGE = "too-large"
+    METHOD = "method"
     NO_PATTERN = "no-pattern"
 
     @property
@@ -97,6 +98,7 @@ _ADVICE = {
     Reason.OUTSIDE_FISHER: "the loss depends on it but not the prediction; use fisher='empirical'",
     Reason.COMPLEX_DTYPE: "use real and imaginary parts as two real parameters",
     Reason.TOO_LARGE: "raise max_factor_dim of the method if memory allows",
+    Reason.METHOD: "the method has no curvature for this layer; `kfac-fx methods` lists others",
     Reason.NO_PATTERN: "no layer kind knows this operation; a new file in kfac_fx/layers adds it",
 }
 

@@ -91,14 +91,18 @@ def use_values(
 
 def statistics_function(
     plan: Plan, match: LayerMatch, wanted: list[str], index: int | None
-) -> Callable[..., Sequence[Tensor]]:
-    """(nodes of `use_nodes`, 1/R_, nodes of `reader_nodes`, old state and the layers' weights) -> statistics.
+) -> Callable[..., dict[str, Tensor]]:
+    """(nodes of `use_nodes`, 1/R_, nodes of `reader_nodes`, the layer's state, the layers' weights) ->
+    statistics.
 
-    index: the layer's place among the weights; None: statistics of the batch alone, without old state.
+    wanted: names of statistics. index: the layer's place among the weights, and the result is the changed
+    state; None: no weights, and the result is the batch's statistics.
     """
     num_nodes, num_read = len(use_nodes(match)), len(reader_nodes(plan, match))
+    names = list(initial_state(plan, match))
+    start = num_nodes + 1 + num_read
 
-    def run(*tensors: Tensor) -> Sequence[Tensor]:
+    def run(*tensors: Tensor) -> dict[str, Tensor]:
         statistics = MatchStatistics(
             match=match,
             uses=use_values(match, tensors[:num_nodes]),
@@ -106,15 +110,16 @@ def statistics_function(
             inverse_scale=tensors[num_nodes],
             sharing=plan.sharing,
             ignores=plan.capture.loss_info.ignores,
-            readers=_reader_values(plan, match, tensors[num_nodes + 1 : num_nodes + 1 + num_read]),
+            readers=_reader_values(plan, match, tensors[num_nodes + 1 : start]),
         )
         dtype = state_dtype(plan, match)
-        batch = plan.method.batch_statistics(statistics, wanted)
-        batch = {name: value.to(dtype) for name, value in batch.items()}
-        if index is not None:
-            state = dict(zip(wanted, tensors[num_nodes + 1 + num_read : -1], strict=True))
-            batch = plan.method.moving_average(state, batch, weight=tensors[-1][index])
-        return [batch[name] for name in wanted]
+        state = dict(zip(names, tensors[start : start + len(names)], strict=True))
+        batch = plan.method.batch_statistics(statistics, wanted, state)
+        batch = {name: batch[name].to(dtype) for name in wanted}
+        if index is None:
+            return batch
+        weight, scale = tensors[-1][index], tensors[num_nodes]
+        return plan.method.fold(state, batch, weight=weight, inverse_scale=scale)
 
     return run
 

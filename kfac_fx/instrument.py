@@ -7,7 +7,7 @@ captured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -29,6 +29,7 @@ from kfac_fx.types import LayerMatch
 
 Variant = Literal["plain", "statistics", "gradients", "batch_statistics"]
 VARIANTS: tuple[Variant, ...] = ("plain", "statistics", "gradients", "batch_statistics")
+_Named = Callable[..., Mapping[str, Tensor]]
 
 
 @final
@@ -51,22 +52,27 @@ class Program:
     has_rates: bool
 
 
-def instrument(plan: Plan, variant: Variant) -> Program:
+def instrument(
+    plan: Plan, variant: Variant, *, sizes: Mapping[tuple[str, str], Sequence[int]] | None = None
+) -> Program:
     """Write one variant.
+
+    sizes: shapes of state tensors that are not those of `Method.init` (thin factors that have grown).
 
     plain: forward, backward, precondition. statistics: the same plus the moving averages of the factors.
     gradients: forward and backward alone. batch_statistics: forward, backward and this batch's statistics,
     not yet averaged (for accumulation).
     """
-    return _Writer(plan, variant).write()
+    return _Writer(plan, variant, sizes or {}).write()
 
 
 @final
 class _Writer:
     """Holds the copy of the graph while one variant is written."""
 
-    def __init__(self, plan: Plan, variant: Variant) -> None:
+    def __init__(self, plan: Plan, variant: Variant, sizes: Mapping[tuple[str, str], Sequence[int]]) -> None:
         self.plan = plan
+        self.sizes = sizes
         self.variant: Variant = variant
         self.module, self.map = fxgraph.copy_module(plan.capture.graph)
         self.graph = self.module.graph
@@ -82,7 +88,8 @@ class _Writer:
         averages = self.variant == "statistics"
         collects = self.variant in ("statistics", "batch_statistics")
         self._label_matches()
-        inputs = self._state_placeholders(averages, preconditions)
+        if collects or preconditions:
+            self._state_placeholders()
         weight = (
             self._placeholder("weights", (len(self.plan.matched),), "share of this batch, per layer")
             if averages
@@ -96,11 +103,13 @@ class _Writer:
             rates = self._placeholder(
                 "learning_rates", (len(self.plan.matched),), "learning rate of each layer"
             )
-            gradients |= self._precondition(rates)
+            gradients |= self._precondition(rates, new_state)
         loss, scale = self.map[capture.loss], self.map[capture.inverse_scale]
         self.output.args = ((loss, scale, check, *gradients.values(), *new_state.values()),)
         fxgraph.eliminate_dead(self.module, self._effects())
+        inputs = self._used_states()
         self.graph.lint()
+        self.module.recompile()
         return Program(
             variant=self.variant,
             module=self.module,
@@ -141,21 +150,30 @@ class _Writer:
         self.last_placeholder = node
         return node
 
-    def _state_placeholders(self, averages: bool, preconditions: bool) -> list[tuple[str, str]]:
-        """A placeholder per state tensor that the variant reads."""
-        created: list[tuple[str, str]] = []
-        if not (averages or preconditions):
-            return created
+    def _state_placeholders(self) -> None:
+        """A placeholder per state tensor."""
         for match in self.plan.matched:
             for name, tensor in initial_state(self.plan, match).items():
                 owner = state_owner(self.plan, match, name)
                 if (owner, name) in self.state_nodes:
                     continue
                 clean = "".join(c if c.isalnum() else "_" for c in f"{owner}_{name}")
-                node = self._placeholder(f"s_{clean}", tensor.shape, f"{name} of {owner}", tensor.dtype)
+                sizes = self.sizes.get((owner, name), tensor.shape)
+                node = self._placeholder(f"s_{clean}", sizes, f"{name} of {owner}", tensor.dtype)
                 self.state_nodes[owner, name] = node
-                created.append((owner, name))
-        return created
+
+    def _used_states(self) -> list[tuple[str, str]]:
+        """The state tensors that the variant reads, in the order of their placeholders; the rest goes."""
+        for key, node in list(self.state_nodes.items()):
+            if not node.users:
+                self.graph.erase_node(node)
+                del self.state_nodes[key]
+        return list(self.state_nodes)
+
+    def _states(self, match: LayerMatch) -> dict[str, Node]:
+        """The layer's state by name."""
+        names = initial_state(self.plan, match)
+        return {name: self.state_nodes[state_owner(self.plan, match, name), name] for name in names}
 
     def _label_matches(self) -> None:
         for match in self.plan.matched:
@@ -171,29 +189,39 @@ class _Writer:
                         meta["kfac_fx"] = f"{meta['kfac_fx']}; {text}" if "kfac_fx" in meta else text
 
     def _statistics(self, weight: Node | None) -> dict[tuple[str, str], Node]:
-        """Batch statistics of every layer beside its weight gradient; with `weight` folded into the state."""
+        """Statistics of every layer beside its weight gradient: what they change in the state.
+
+        Without `weight` those of the batch alone.
+        """
         new: dict[tuple[str, str], Node] = {}
+        collected: set[tuple[str, str]] = set()
         for index, match in enumerate(self.plan.matched):
             nodes = use_nodes(match)
             read = [*nodes, self.plan.capture.inverse_scale, *reader_nodes(self.plan, match)]
             arguments = [self.map[n] for n in read]
             anchor = self._after(read)
             names = batch_names(self.plan, match)
-            wanted = [name for name in names if (state_owner(self.plan, match, name), name) not in new]
-            states = (
-                []
-                if weight is None
-                else [self.state_nodes[state_owner(self.plan, match, n), n] for n in wanted]
-            )
-            extra = [] if weight is None else [*states, weight]
+            wanted = [n for n in names if (state_owner(self.plan, match, n), n) not in collected]
+            if not wanted:
+                continue
+            collected |= {(state_owner(self.plan, match, n), n) for n in wanted}
+            extra = [*self._states(match).values(), *([] if weight is None else [weight])]
             function = statistics_function(self.plan, match, wanted, None if weight is None else index)
-            sizes = ", ".join(f"{n} {_size(self.plan, match, n)}" for n in wanted)
-            label = f"inserted, {sizes} of {match.name}"
+            label = f"inserted, {', '.join(_named(self.plan, match, wanted))} of {match.name}"
+            changed: list[str] = []
+
+            def run(
+                *tensors: Tensor, function: _Named = function, names: list[str] = changed
+            ) -> list[Tensor]:
+                results = function(*tensors)
+                names[:] = results
+                return list(results.values())
+
             results = fxgraph.splice(
-                self.module, function, [*arguments, *extra], before=anchor, label=label, source=match.source
+                self.module, run, [*arguments, *extra], before=anchor, label=label, source=match.source
             )
-            for name, node in zip(wanted, results, strict=True):
-                new[state_owner(self.plan, match, name), name] = node
+            owners = [(state_owner(self.plan, match, name), name) for name in changed]
+            new.update(zip(owners, results, strict=True))
         return new
 
     def _gradient_check(self, gradients: list[Node]) -> Node:
@@ -212,8 +240,10 @@ class _Writer:
         last = self.map[max(captured, key=self.order.__getitem__)]
         return self.output if last.op == "placeholder" else last.next
 
-    def _precondition(self, rates: Node) -> dict[str, Node]:
+    def _precondition(self, rates: Node, changed: Mapping[tuple[str, str], Node]) -> dict[str, Node]:
         """Replace each matched gradient by its preconditioned direction.
+
+        changed: state tensors that the statistics of this step have replaced.
 
         Layer by layer; then the length of all is bounded or restored, and each goes back to its parameter.
         """
@@ -223,7 +253,10 @@ class _Writer:
         matrices, directions = [], []
         for match in plan.matched:
             own = {name: read[name] for name in (match.weight, match.bias) if name is not None}
-            state = {n: self.state_nodes[state_owner(plan, match, n), n] for n in initial_state(plan, match)}
+            state = {
+                name: changed.get((state_owner(plan, match, name), name), node)
+                for name, node in self._states(match).items()
+            }
             matrix, direction = fxgraph.splice(
                 self.module,
                 layer_function(plan, match, list(own), list(state)),
@@ -262,5 +295,7 @@ def _last_training_node(plan: Plan) -> Node:
     return max(ends, key=order.__getitem__)
 
 
-def _size(plan: Plan, match: LayerMatch, name: str) -> str:
-    return "x".join(str(s) for s in initial_state(plan, match)[name].shape)
+def _named(plan: Plan, match: LayerMatch, names: Sequence[str]) -> list[str]:
+    """The statistics with their sizes, where the state has a tensor of that name."""
+    state = initial_state(plan, match)
+    return [f"{n} {'x'.join(map(str, state[n].shape))}" if n in state else n for n in names]

@@ -76,15 +76,18 @@ def _adds_up(batch: Pending) -> bool:
 
 
 def _joined_statistic(key: Key, first: Pending, second: Pending, share: Tensor, summed: bool) -> Tensor:
-    """Input factors are means over rows; output factors follow the loss."""
+    """Statistics of the input are means over rows; others follow the loss."""
     old, new = first.statistics.get(key), second.statistics.get(key)
     if old is None or new is None:
         return old if new is None else new  # type: ignore[return-value]
-    if key in second.rows:
-        if second.plan.capture.loss_info.ignores:  # the rows that count are those of the terms that count
-            return torch.lerp(old, new, share.to(old.dtype))
-        return torch.lerp(old, new, second.rows[key] / (first.rows[key] + second.rows[key]))
-    return old + new if summed else torch.lerp(old, new, share.to(old.dtype))
+    share = share.to(old.dtype)
+    weights = 1 - share, share
+    if key in second.rows and not second.plan.capture.loss_info.ignores:
+        rows = second.rows[key] / (first.rows[key] + second.rows[key])
+        weights = torch.full_like(share, 1 - rows), torch.full_like(share, rows)
+    elif key not in second.rows and summed:
+        weights = torch.ones_like(share), torch.ones_like(share)
+    return first.plan.method.join(key[1], old, new, weights)
 
 
 def _joined_gradient(old: Tensor | None, new: Tensor | None, share: Tensor, summed: bool) -> Tensor:

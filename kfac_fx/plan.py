@@ -5,7 +5,7 @@ Which factors are kept, what they cost, what is left to the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -26,12 +26,22 @@ def make_plan(
     fisher: Fisher,
     sharing: Sharing,
     render: Callable[[Plan], str],
+    rows: Mapping[str, tuple[int, int]],
 ) -> Plan:
-    """Decide for every match; layers whose factors exceed the method's limit become skips."""
-    kept, large = [], []
+    """Decide for every match; layers that the method refuses or whose factors exceed its limit become skips.
+
+    rows: (rows, examples) of the batch that laid out a layer's state, by key, where there is one.
+    """
+    kept: list[LayerMatch] = []
+    refused: dict[str, Skip] = {}
     for match in matches.matched:
-        (large if _largest(match) > method.max_factor_dim else kept).append(match)
-    matches = Matches(matched=_reown(kept), skipped=(*matches.skipped, *_too_large(capture, large, method)))
+        laid_out = replace(match, state_rows=rows.get(match.key))
+        why = _refusal(laid_out, method)
+        if why is None:
+            kept.append(laid_out)
+        else:
+            refused.update({skip.parameter: skip for skip in _skips(capture, match, *why)})
+    matches = Matches(matched=_reown(kept), skipped=(*matches.skipped, *refused.values()))
     plan = Plan(
         capture=capture,
         matches=matches,
@@ -58,19 +68,24 @@ def _reown(kept: list[LayerMatch]) -> tuple[LayerMatch, ...]:
     return tuple(replace(m, shared_a=owners.setdefault(m.shared_a, m.key)) for m in kept)
 
 
-def _too_large(capture: Capture, large: list[LayerMatch], method: Method) -> list[Skip]:
-    skips, seen = [], set()
-    for match in large:
-        for name in (match.weight, match.bias):
-            if name is None or name in seen:
-                continue
-            seen.add(name)
-            detail = f"a factor of {_largest(match)}^2 exceeds max_factor_dim={method.max_factor_dim}"
-            numel = capture.parameter(name).numel
-            skips.append(
-                Skip(parameter=name, reason=Reason.TOO_LARGE, detail=detail, numel=numel, source=match.source)
-            )
-    return skips
+def _refusal(match: LayerMatch, method: Method) -> tuple[Reason, str] | None:
+    refused = method.refuses(match)
+    if refused is not None:
+        return Reason.METHOD, refused
+    if _largest(match) > method.max_factor_dim:
+        return (
+            Reason.TOO_LARGE,
+            f"a factor of {_largest(match)}^2 exceeds max_factor_dim={method.max_factor_dim}",
+        )
+    return None
+
+
+def _skips(capture: Capture, match: LayerMatch, reason: Reason, detail: str) -> list[Skip]:
+    names = [name for name in (match.weight, match.bias) if name is not None]
+    numel = {name: capture.parameter(name).numel for name in names}
+    return [
+        Skip(parameter=n, reason=reason, detail=detail, numel=numel[n], source=match.source) for n in names
+    ]
 
 
 def _model_flops(capture: Capture) -> int:

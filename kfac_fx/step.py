@@ -115,7 +115,7 @@ class TrainStep:
         with self._rolled_back_on_error(), execution():
             refresh = self._refresh_due()
             if pending.statistics:
-                self._curvature.fold(plan, pending.statistics)
+                self._curvature.fold(plan, pending.statistics, pending.weight)
             if refresh:
                 self._curvature.refresh()
             gradients = dict(pending.gradients)
@@ -170,7 +170,7 @@ class TrainStep:
         """How often factors were retried in float64 and how often the last inverse was kept, since the
         start.
         """
-        return {"retried": self._curvature.retried, "kept_last": self._curvature.kept_last}
+        return {"retried": int(self._curvature.retried), "kept_last": int(self._curvature.kept_last)}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers alone: loads with `torch.load(..., weights_only=True)`; resuming is
@@ -199,7 +199,8 @@ class TrainStep:
         return self._step % self.method.statistics_every == 0 or self._curvature.empty
 
     def _refresh_due(self) -> bool:
-        return self._step % self.method.inverse_every == 0 or self._curvature.empty
+        every = self.method.inverse_every
+        return every > 0 and (self._step % every == 0 or self._curvature.empty)
 
     def _first(self) -> Compiled:
         if not self._compiled:
@@ -215,9 +216,10 @@ class TrainStep:
         key = guards.capture_key(self.model, batch)
         if key not in self._compiled:
             guards.check_optimizer(self.optimizer, self.model)
-            plan = trace(self.model, self.loss_fn, batch, method=self.method, **self._options)
+            rows = self._curvature.rows
+            plan = trace(self.model, self.loss_fn, batch, method=self.method, rows=rows, **self._options)
             self._curvature.adopt(plan)
-            self._compiled[key] = Compiled(plan=plan, backend=self._backend)
+            self._compiled[key] = Compiled(plan=plan, backend=self._backend, curvature=self._curvature)
         self._last = self._compiled[key]
         return self._last, batch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -26,10 +27,12 @@ def trace(
     sharing: Sharing,
     exclude: tuple[str, ...],
     strict: bool,
+    rows: Mapping[str, tuple[int, int]] | None = None,
 ) -> Plan:
     """The plan for batches of these shapes.
 
-    With `strict`, raises `UnsupportedModelError` if anything is skipped.
+    rows: (rows, examples) of the batch that laid out the state of a layer, by key, where there is one. With
+    `strict`, raises `UnsupportedModelError` if anything is skipped.
     """
     captured = capture(model, loss_fn, batch, fisher=fisher)
 
@@ -39,7 +42,9 @@ def trace(
 
     try:
         matches = match(captured, exclude=excluded)
-        plan = make_plan(captured, matches, method, fisher=fisher, sharing=sharing, render=render)
+        plan = make_plan(
+            captured, matches, method, fisher=fisher, sharing=sharing, render=render, rows=rows or {}
+        )
     except CaptureError as error:
         raise CaptureError(f"{captured.model_name} cannot be captured as one graph: {error}") from error
     if strict:

@@ -147,7 +147,8 @@ class LayerMatch:
     name: module path. key: name of the weight, or of a part of it, under which the state is kept. structure:
     "kronecker" (factors A and G), "diagonal" (A is a vector) or "block" (small blocks F per channel). part:
     rows of the parameter that this match covers (None: all). d_in counts the bias column. rows: number of
-    rows (a, g) per pass, all uses.
+    rows (a, g) per pass, all uses. examples: how many examples those rows come from (the rest are positions).
+    state_rows: (rows, examples) of the batch whose sizes laid out the layer's state; None: this one.
     """
 
     name: str
@@ -164,9 +165,27 @@ class LayerMatch:
     d_in: int
     d_out: int
     rows: int
+    examples: int
     numel: int
     shared_a: str
     source: Source | None
+    state_rows: tuple[int, int] | None = None
+
+    @property
+    def laid_out(self) -> tuple[int, int]:
+        """(rows, examples) that decide the sizes of the state."""
+        return self.state_rows or (self.rows, self.examples)
+
+    @property
+    def num_passes(self) -> int:
+        """Backward passes that feed the Fisher: one, or those from the prediction."""
+        return max(len(self.uses[0].g) - 1, 1)
+
+    @property
+    def kernel_volume(self) -> int:
+        """Positions of a convolution's kernel; 1 for other layers."""
+        geometry = self.uses[0].geometry
+        return 1 if geometry is None else math.prod(geometry.kernel)
 
     @property
     def tied(self) -> bool:
@@ -203,16 +222,17 @@ class Matches:
 @final
 @dataclass(frozen=True, kw_only=True)
 class FactorSpec:
-    """One stored curvature factor of one layer.
+    """One curvature factor of one layer, with everything that is stored for it.
 
-    dim: side length of the square factor (or length of the vector). count: number of such factors (groups,
-    channels). flops_*: floating point operations each time that phase runs (one multiply-add counts 2). form:
-    how the statistics are computed, in words. shared_with: key of the layer that owns the factor when this
-    layer only reads it.
+    side: "A", "G", "F", or "S" for what belongs to both sides. dim: side length of the square factor (or
+    length of the vector). columns: of a thin factor, else None. count: number of such factors (groups,
+    channels). bytes: of its statistics, inverses and all else in the state. flops_*: floating point
+    operations each time that phase runs (one multiply-add counts 2). form: how the statistics are computed,
+    in words. shared_with: key of the layer that owns the factor when this layer only reads it.
     """
 
     owner: str
-    side: Literal["A", "G", "F"]
+    side: Literal["A", "G", "F", "S"]
     dim: int
     count: int
     diagonal: bool
@@ -223,6 +243,7 @@ class FactorSpec:
     flops_apply: int
     form: str
     shared_with: str | None = None
+    columns: int | None = None
 
 
 @final
@@ -230,8 +251,9 @@ class FactorSpec:
 class Refreshed:
     """Of one refresh.
 
-    How many factors had to be inverted in float64, and how many kept their last inverse.
+    How many factors had to be inverted in float64, and how many kept their last inverse; a 0-dim tensor where
+    reading the number would wait for the device.
     """
 
-    retried: int
-    kept_last: int
+    retried: int | Tensor
+    kept_last: int | Tensor

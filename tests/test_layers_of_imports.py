@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "layout"),
     ("types",),
     ("contracts", "graph", "linalg", "gram", "loss"),
-    ("walk", "canonical", "batch"),
+    ("walk", "canonical", "batch", "rows", "newton", "woodbury"),
     ("passes", "layers", "methods"),
     ("record", "assemble"),
     ("capture", "match"),

@@ -41,11 +41,18 @@ class Identity:
         return self.inner.shared_names
 
     @property
+    def growing_names(self) -> frozenset[str]:
+        return self.inner.growing_names
+
+    @property
     def max_factor_dim(self) -> int:
         return self.inner.max_factor_dim
 
     def base_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return self.inner.base_optimizer(parameters)
+
+    def refuses(self, match: LayerMatch) -> str | None:
+        return self.inner.refuses(match)
 
     def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:
         return self.inner.init(match, dtype=dtype, device=device)
@@ -53,17 +60,22 @@ class Identity:
     def statistics_names(self, match: LayerMatch) -> tuple[str, ...]:
         return self.inner.statistics_names(match)
 
-    def batch_statistics(self, statistics: Statistics, names: Sequence[str]) -> State:
-        return self.inner.batch_statistics(statistics, names)
+    def batch_statistics(self, statistics: Statistics, names: Sequence[str], state: State) -> State:
+        return self.inner.batch_statistics(statistics, names, state)
 
-    def moving_average(self, state: State, batch: State, *, weight: Tensor) -> State:
-        return self.inner.moving_average(state, batch, weight=weight)
+    def join(self, name: str, first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+        return self.inner.join(name, first, second, weights)
+
+    def fold(self, state: State, batch: State, *, weight: Tensor, inverse_scale: Tensor) -> State:
+        return self.inner.fold(state, batch, weight=weight, inverse_scale=inverse_scale)
 
     def new_weight(self, count: int) -> float:
         return self.inner.new_weight(count)
 
-    def refresh(self, states: Mapping[str, State]) -> tuple[dict[str, State], Refreshed]:
-        return self.inner.refresh(states)
+    def refresh(
+        self, states: Mapping[str, State], *, counts: Mapping[str, int]
+    ) -> tuple[dict[str, State], Refreshed]:
+        return self.inner.refresh(states, counts=counts)
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         return gradient

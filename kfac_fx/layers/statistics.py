@@ -1,18 +1,19 @@
 """The statistics of one match from the tensors of its uses: the canonical form that methods read.
 
-Enters: values of `a`, `g` and operands of every use. Leaves: A, G or F, computed when a method asks for them.
+Enters: values of `a`, `g` and operands of every use. Leaves: factors, rows or squares, computed when a method
+asks for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from kfac_fx import gram
+from kfac_fx import gram, rows
 from kfac_fx.layers.kind import LayerKind
 from kfac_fx.types import LayerMatch, Sharing, Use
 
@@ -66,15 +67,15 @@ class MatchStatistics:
 
         Of the uses of opposite orientation, [d_in] if those are diagonal.
         """
-        rows = self._output_rows(self._oriented(swapped))
+        outputs = self._output_rows(self._oriented(swapped))
         if self.structure == "diagonal" and swapped:
-            return gram.output_diagonal(rows, self.inverse_scale)
+            return gram.output_diagonal(outputs, self.inverse_scale)
         sharing = "expand" if self.structure == "diagonal" else self.sharing  # one-hot rows do not average
-        return gram.output_moment(rows, self.inverse_scale, sharing=sharing)
+        return gram.output_moment(outputs, self.inverse_scale, sharing=sharing)
 
     def blocks(self) -> Tensor:
         """F: [channels, k, k] with k = 1, or 2 for (scale, shift)."""
-        rows = []
+        per_use = []
         for values in self.uses:
             kind, use = self._kind(values.use), values.use
             x = None if values.a is None else kind.input_rows(use, values.a, values.operands)
@@ -82,14 +83,70 @@ class MatchStatistics:
                 g_rows = self._scaled(values, g)
                 shift = g_rows.sum(1)
                 if x is None:
-                    rows.append(shift.unsqueeze(-1))
+                    per_use.append(shift.unsqueeze(-1))
                     continue
                 scale = (g_rows * x.to(g_rows.dtype)).sum(1)
                 if self.match.bias is not None and not use.bias:
                     shift = torch.zeros_like(shift)
                 parts = [scale, shift] if self.match.bias is not None else [scale]
-                rows.append(torch.stack(parts, -1))
-        return gram.block_moment(rows, self.inverse_scale)
+                per_use.append(torch.stack(parts, -1))
+        return gram.block_moment(per_use, self.inverse_scale)
+
+    def input_rows(self, *, reduced: bool, positions: Sequence[Tensor] | None = None) -> Tensor:
+        """Rows X with X^T X = A: [groups, m, d_in]."""
+        uses = self._oriented(False)
+        return rows.input_rows(
+            [self._input_rows(values) for values in uses],
+            reduced=reduced,
+            bias=self.match.bias is not None,
+            positions=positions,
+        )
+
+    def output_rows(self, *, reduced: bool, positions: Sequence[Tensor] | None = None) -> Tensor:
+        """Rows X with X^T X = G: [groups, m, d_out]."""
+        uses = self._oriented(False)
+        per_use = [[self._scaled(values, g) for g in values.g] for values in uses]
+        if reduced:
+            joined = [torch.cat(passes, 2) for passes in zip(*per_use, strict=True)]
+            return rows.output_rows(joined, self.inverse_scale, reduced=True)
+        flat = [g for passes in per_use for g in passes]
+        if positions is not None:
+            positions = [p for p, passes in zip(positions, per_use, strict=True) for _ in passes]
+        return rows.output_rows(flat, self.inverse_scale, reduced=False, positions=positions)
+
+    def squared_projections(self, input_basis: Tensor | None, output_basis: Tensor | None) -> Tensor:
+        """Squares of per-example gradients in a basis, summed: [groups, d_out, d_in]."""
+        total = None
+        for number in range(len(self.uses[0].g)):
+            square = self._squares_of_pass(number, input_basis, output_basis)
+            total = square if total is None else total + square
+        assert total is not None
+        return total * self.inverse_scale.to(total.dtype)
+
+    def _squares_of_pass(
+        self, number: int, input_basis: Tensor | None, output_basis: Tensor | None
+    ) -> Tensor:
+        if self.structure == "diagonal":
+            lookups = []
+            for values in self.uses:
+                assert values.a is not None
+                index = self._kind(values.use).input_rows(values.use, values.a, values.operands)
+                lookups.append((index, self._scaled(values, values.g[number])))
+            padding_idx = self.uses[0].use.options["padding_idx"]
+            return rows.squared_projections_of_indices(
+                lookups, output_basis, size=self.match.d_in, padding_idx=padding_idx
+            )
+        pairs = [(self._input_rows(values), self._scaled(values, values.g[number])) for values in self.uses]
+        return rows.squared_projections(pairs, input_basis, output_basis, bias=self.match.bias is not None)
+
+    def channel_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and second moment of a convolution's input channels."""
+        moments = []
+        for values in self.uses:
+            assert values.a is not None and values.use.geometry is not None
+            moments.append(rows.channel_moments(values.a, values.use.geometry))
+        means, seconds = (torch.stack(parts).mean(0) for parts in zip(*moments, strict=True))
+        return means, seconds
 
     def _oriented(self, swapped: bool) -> tuple[UseValues, ...]:
         return tuple(values for values in self.uses if values.use.options.get("swapped", False) is swapped)
@@ -99,8 +156,8 @@ class MatchStatistics:
 
     def _input_rows(self, values: UseValues) -> gram.InputRows:
         assert values.a is not None
-        rows = self._kind(values.use).input_rows(values.use, values.a, values.operands)
-        return gram.InputRows(rows=rows, ones=values.use.bias, kept=self._kept(values, rows.shape[2]))
+        a = self._kind(values.use).input_rows(values.use, values.a, values.operands)
+        return gram.InputRows(rows=a, ones=values.use.bias, kept=self._kept(values, a.shape[2]))
 
     def _kept(self, values: UseValues, positions: int) -> Tensor | None:
         """1 for rows with a gradient in some pass of some reader of the input, else 0: [N, T]."""
@@ -109,12 +166,12 @@ class MatchStatistics:
         place = next(i for i, own in enumerate(self.uses) if own is values)
         alike = [values, *(uses[place] for uses in self.readers)]
         seen = [self._kind(v.use).output_rows(v.use, g, v.operands) != 0 for v in alike for g in v.g]
-        return torch.stack([rows.any(-1).any(0) for rows in seen]).any(0)
+        return torch.stack([nonzero.any(-1).any(0) for nonzero in seen]).any(0)
 
     def _input_moment(self, uses: tuple[UseValues, ...]) -> Tensor:
-        rows = [self._input_rows(values) for values in uses]
+        inputs = [self._input_rows(values) for values in uses]
         sharing = "expand" if self.structure == "diagonal" else self.sharing
-        return gram.input_moment(rows, sharing=sharing, bias=self.match.bias is not None)
+        return gram.input_moment(inputs, sharing=sharing, bias=self.match.bias is not None)
 
     def _frequencies(self, uses: tuple[UseValues, ...]) -> Tensor:
         assert uses[0].a is not None
@@ -127,8 +184,8 @@ class MatchStatistics:
         )
 
     def _scaled(self, values: UseValues, g: Tensor) -> Tensor:
-        rows = self._kind(values.use).output_rows(values.use, g, values.operands)
-        return rows if values.use.scale == 1.0 else rows * values.use.scale
+        g_rows = self._kind(values.use).output_rows(values.use, g, values.operands)
+        return g_rows if values.use.scale == 1.0 else g_rows * values.use.scale
 
     def _output_rows(self, uses: tuple[UseValues, ...]) -> list[Tensor]:
         """One entry per use and pass.
@@ -137,5 +194,5 @@ class MatchStatistics:
         """
         per_use = [[self._scaled(values, g) for g in values.g] for values in uses]
         if self.sharing == "expand" or self.structure == "diagonal":
-            return [rows for passes in per_use for rows in passes]
+            return [g_rows for passes in per_use for g_rows in passes]
         return [torch.cat(passes, 2) for passes in zip(*per_use, strict=True)]
