@@ -108,6 +108,7 @@ def _factor(factor: FactorSpec) -> dict[str, Any]:
         "side": factor.side,
         "dim": factor.dim,
         "count": factor.count,
+        "columns": factor.columns,
         "diagonal": factor.diagonal,
         "dtype": str(factor.dtype).removeprefix("torch."),
         "bytes": factor.bytes,

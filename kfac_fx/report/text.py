@@ -194,6 +194,11 @@ def _cells(row: LayerRow) -> list[str]:
 
 
 def _size(factor: FactorSpec) -> str:
-    """`65^2`: a square factor; `8x9^2`: eight of them; `1000`: a vector. A star marks a shared one."""
+    """`65^2`: a square factor; `8x9^2`: eight of them; `1000`: a vector; `65/32`: 32 thin columns of length 65.
+
+    A star marks a shared one.
+    """
     side = str(factor.dim) if factor.diagonal else f"{factor.dim}^2"
+    if factor.columns is not None:
+        side = f"{factor.dim}/{factor.columns}"
     return (f"{factor.count}x" if factor.count > 1 else "") + side + ("*" if factor.shared_with else "")
