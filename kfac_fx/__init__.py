@@ -19,8 +19,17 @@ from kfac_fx.contracts import Plan as Plan
 from kfac_fx.errors import KfacFxError as KfacFxError
 from kfac_fx.errors import Reason as Reason
 from kfac_fx.errors import check_choice as _check_choice
+from kfac_fx.methods import EKFAC as EKFAC
+from kfac_fx.methods import FOOF as FOOF
+from kfac_fx.methods import IKFAC as IKFAC
 from kfac_fx.methods import KFAC as KFAC
+from kfac_fx.methods import KFC as KFC
 from kfac_fx.methods import METHODS as _METHODS
+from kfac_fx.methods import NKFAC as NKFAC
+from kfac_fx.methods import SINGD as SINGD
+from kfac_fx.methods import SKFAC as SKFAC
+from kfac_fx.methods import AdaNKFAC as AdaNKFAC
+from kfac_fx.methods import Diagonal as Diagonal
 from kfac_fx.methods import resolve as _resolve
 from kfac_fx.step import TrainStep as TrainStep
 from kfac_fx.trace import trace as _trace

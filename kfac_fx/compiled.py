@@ -19,16 +19,21 @@ from kfac_fx.contracts import Plan
 from kfac_fx.curvature import Curvature, Key
 from kfac_fx.instrument import VARIANTS, Program, Variant, instrument
 from kfac_fx.lower import lower, mutated_placeholders
+from kfac_fx.quadratic import Forward
 
 
 @final
 @dataclass(kw_only=True)
 class Compiled:
-    """One captured batch shape: its plan and the programs written so far."""
+    """One captured batch shape: its plan and the programs written so far.
+
+    forward: the forward alone, where the method uses the quadratic model.
+    """
 
     plan: Plan
     backend: str
     curvature: Curvature
+    forward: Forward | None = None
     sizes: dict[Key, tuple[int, ...]] = field(default_factory=dict)
     programs: dict[Variant, Program] = field(default_factory=dict)
     callables: dict[Variant, Any] = field(default_factory=dict)

@@ -12,7 +12,18 @@ from typing import Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
-from kfac_fx.types import Capture, FactorSpec, Fisher, LayerMatch, Matches, Refreshed, Sharing, Skip, State
+from kfac_fx.types import (
+    Capture,
+    FactorSpec,
+    Fisher,
+    LayerMatch,
+    Matches,
+    QuadraticSettings,
+    Refreshed,
+    Sharing,
+    Skip,
+    State,
+)
 
 
 class Statistics(Protocol):
@@ -30,6 +41,11 @@ class Statistics(Protocol):
     @property
     def match(self) -> LayerMatch:
         """The layer."""
+        ...
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """T of each use."""
         ...
 
     def input_moment(self, *, swapped: bool = False) -> Tensor:
@@ -176,6 +192,25 @@ class Method(Protocol):
 
     def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
         """What is stored per layer and what it costs. The bytes are those that `init` allocates."""
+        ...
+
+
+@runtime_checkable
+class DampedMethod(Method, Protocol):
+    """A method whose damping lambda has the units of the Hessian of the loss and may be adapted."""
+
+    @property
+    def damping(self) -> float:
+        """Lambda at the start."""
+        ...
+
+    @property
+    def quadratic(self) -> QuadraticSettings | None:
+        """How the update is taken from the quadratic model; None if it is not."""
+        ...
+
+    def damped(self, damping: float) -> Method:
+        """The same method with lambda = `damping`, and eta of the objective beside it."""
         ...
 
 

@@ -134,21 +134,23 @@ class Curvature:
             self._tensors.update({places[name]: tensor for name, tensor in changed.items()})
             self._counts[match.key] = self._counts.get(match.key, 0) + 1
 
-    def refresh(self) -> None:
-        """New inverses of all layers that have statistics."""
+    def refresh(self, method: Method) -> None:
+        """New inverses of all layers that have statistics. method: the one of this state, as it is damped
+        now.
+        """
         states = {
             key: {name: self._tensors[place] for name, place in places.items()}
             for key, places in self._layers.items()
             if self._counts.get(key)
         }
         counts = {key: self._refreshes.get(key, 0) for key in states}
-        new, refreshed = self._method.refresh(states, counts=counts)
+        new, refreshed = method.refresh(states, counts=counts)
         self._refreshes.update({key: count + 1 for key, count in counts.items()})
         for key, tensors in new.items():
             for name, tensor in tensors.items():
                 self._tensors[self._layers[key][name]] = tensor
-        self.retried += refreshed.retried
-        self.kept_last += refreshed.kept_last
+        self.retried = self.retried + refreshed.retried  # not in place: a snapshot may hold the tensor
+        self.kept_last = self.kept_last + refreshed.kept_last
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts of tensors and plain numbers.

@@ -115,7 +115,7 @@ def patches(x: Tensor, geometry: Geometry) -> Tensor:
     methods.md 1.4.
     """
     if geometry.transposed:
-        x, geometry = _upsampled(x, geometry)
+        x, geometry = upsampled(x, geometry)
     x = F.pad(x, [side for p in reversed(geometry.padding) for side in (p, p)])
     return _patches_of_padded(x, geometry)
 
@@ -136,7 +136,7 @@ def _patches_of_padded(x: Tensor, geometry: Geometry) -> Tensor:
     return x.permute(1, 0, *t, 2, *k).reshape(groups, num, positions, channels * volume)
 
 
-def _upsampled(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+def upsampled(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
     """A transposed convolution reads `x` with zeros between its entries through the mirrored kernel, with
     stride 1.
     """

@@ -201,6 +201,13 @@ def relax_views(module: GraphModule) -> None:
             node.target = aten.reshape.default
 
 
+def named_arguments(node: Node) -> dict[str, Any]:
+    """Arguments of a call of an operator that the call states, by the names of its schema."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
 def has_effect(node: Node) -> bool:
     """Whether running the node changes a tensor in place or draws random numbers."""
     return is_random(node) or is_mutation(node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -13,12 +13,25 @@ from torch import Tensor
 @final
 @dataclass(frozen=True, kw_only=True)
 class Inverses:
-    """Inverses of a list of batches, and how many matrices were retried in float64 or kept their last
-    inverse.
+    """Inverses of a list of batches, and how many matrices were retried in float64, then with ten times the
+    damping, or kept their last inverse.
     """
 
     inverses: list[Tensor]
     retried: int
+    kept_last: int
+    raised: int = 0
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Eigen:
+    """Of a list of batches: orthogonal bases [batch, d, d] (eigenvectors as columns), eigenvalues [batch, d],
+    and how many matrices kept their last basis.
+    """
+
+    bases: list[Tensor]
+    values: list[Tensor]
     kept_last: int
 
 
@@ -28,23 +41,28 @@ def damped_inverses(
     """Inverse of `factor + damping I` by Cholesky; matrices of one size are one batched call.
 
     factors: each [batch, d, d], symmetric, positive semi-definite. dampings: each [batch], in the factor's
-    units. A matrix that is not positive definite in its own precision is retried in float64; if that fails
-    too, or if it is not finite, its inverse in `last` is kept. methods.md 1.7. One host read per call of this
-    function, none per matrix.
+    units. A matrix that is not positive definite in its own precision is retried in float64, then with ten
+    times its damping; if that fails too, or if it is not finite, its inverse in `last` is kept. methods.md
+    1.7. One host read per size, none per matrix, while nothing fails.
     """
+    inverses: list[Tensor] = list(last)
+    retried = raised = kept = 0
+    for indices in _alike(factors):
+        stacked = torch.cat([factors[i] for i in indices])
+        damping = torch.cat([dampings[i].to(stacked.dtype) for i in indices])
+        result, counts = _inverse_with_retries(stacked, damping, torch.cat([last[i] for i in indices]))
+        retried, raised, kept = retried + counts[0], raised + counts[1], kept + counts[2]
+        for i, piece in zip(indices, result.split([factors[i].shape[0] for i in indices]), strict=True):
+            inverses[i] = piece
+    return Inverses(inverses=inverses, retried=retried, kept_last=kept, raised=raised)
+
+
+def _alike(factors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Indices of matrices of one size, dtype and device: each is one batched call."""
     order: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
     for index, factor in enumerate(factors):
         order.setdefault((factor.shape[-1], factor.dtype, factor.device), []).append(index)
-    inverses: list[Tensor] = list(last)
-    retried = kept = 0
-    for indices in order.values():
-        stacked = torch.cat([add_diagonal(factors[i], dampings[i]) for i in indices])
-        kept_stack = torch.cat([last[i] for i in indices])
-        result, num_retried, num_kept = _inverse_with_retry(stacked, kept_stack)
-        retried, kept = retried + num_retried, kept + num_kept
-        for i, piece in zip(indices, result.split([factors[i].shape[0] for i in indices]), strict=True):
-            inverses[i] = piece
-    return Inverses(inverses=inverses, retried=retried, kept_last=kept)
+    yield from order.values()
 
 
 def add_diagonal(factor: Tensor, damping: Tensor) -> Tensor:
@@ -53,15 +71,25 @@ def add_diagonal(factor: Tensor, damping: Tensor) -> Tensor:
     return factor + damping.to(factor.dtype)[:, None, None] * eye
 
 
-def _inverse_with_retry(matrices: Tensor, last: Tensor) -> tuple[Tensor, int, int]:
-    finite = torch.isfinite(matrices).flatten(1).all(1)
-    inverse, failed = _cholesky_inverse(matrices, finite)
+def _inverse_with_retries(
+    matrices: Tensor, damping: Tensor, last: Tensor
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """Inverses, and how many were retried in float64, retried with ten times the damping, or kept."""
+    damped = add_diagonal(matrices, damping)
+    finite = torch.isfinite(damped).flatten(1).all(1)
+    inverse, failed = _cholesky_inverse(damped, finite)
     if not bool(failed.any()):
-        return inverse, 0, 0
+        return inverse, (0, 0, 0)
     again = failed.nonzero().squeeze(1)
-    wide, failed_again = _cholesky_inverse(matrices[again].double(), finite[again])
-    replacement = torch.where(failed_again[:, None, None], last[again], wide.to(matrices.dtype))
-    return inverse.index_copy(0, again, replacement), len(again), int(failed_again.sum())
+    finite = finite[again]
+    wide = matrices[again].double()
+    found, failed = _cholesky_inverse(add_diagonal(wide, damping[again]), finite)
+    raised, still_failed = _cholesky_inverse(add_diagonal(wide, 10 * damping[again]), finite)
+    found = torch.where(failed[:, None, None], raised, found).to(matrices.dtype)
+    kept = failed & still_failed
+    replacement = torch.where(kept[:, None, None], last[again], found)
+    counts = len(again), int((failed & finite).sum()), int(kept.sum())
+    return inverse.index_copy(0, again, replacement), counts
 
 
 def _cholesky_inverse(matrices: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,14 +105,103 @@ def _cholesky_inverse(matrices: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]
     return inverse, failed
 
 
-def small_inverse(blocks: Tensor, damping: float) -> Tensor:
+def pseudo_inverses(factors: Sequence[Tensor], *, last: Sequence[Tensor]) -> Inverses:
+    """Pseudo-inverse of each factor without damping, through its eigenvectors in float64.
+
+    Eigenvalues below 1e-10 of the largest (and below the rounding of the factor's own dtype) count as zero:
+    no step in a direction without curvature. Arguments as in `damped_inverses`.
+    """
+    inverses: list[Tensor] = list(last)
+    kept = 0
+    for indices in _alike(factors):
+        matrices, old = (torch.cat([part[i] for i in indices]) for part in (factors, last))
+        basis, failed = _eigenvectors(matrices.double())
+        values = ((matrices.double() @ basis) * basis).sum(-2)
+        cutoff = max(1e-10, matrices.shape[-1] * torch.finfo(matrices.dtype).eps)
+        usable = values > cutoff * values.amax(-1, keepdim=True)
+        reciprocal = torch.where(usable, 1 / torch.where(usable, values, 1.0), 0.0)
+        found = ((basis * reciprocal.unsqueeze(-2)) @ basis.mT).to(matrices.dtype)
+        found = torch.where(failed[:, None, None], old, found)
+        kept += int(failed.sum())
+        for i, piece in zip(indices, found.split([factors[i].shape[0] for i in indices]), strict=True):
+            inverses[i] = piece
+    return Inverses(inverses=inverses, retried=0, kept_last=kept)
+
+
+def eigendecompositions(factors: Sequence[Tensor], *, last: Sequence[Tensor]) -> Eigen:
+    """Eigenvectors and eigenvalues in float64; matrices of one size are one batched call.
+
+    factors: each [batch, d, d], symmetric, positive semi-definite; symmetrised, and eigenvalues below zero
+    are zero (methods.md 1.7, pitfall P4). last: bases to keep for a matrix that is not finite or that LAPACK
+    gives up; its eigenvalues are then diag(Q^T M Q) in that basis, NaN if it is not finite.
+    """
+    bases: list[Tensor] = [basis.double() for basis in last]
+    values: list[Tensor] = [factor.new_zeros(0) for factor in factors]
+    kept = 0
+    for indices in _alike(factors):
+        matrices = torch.cat([factors[i] for i in indices]).double()
+        basis, failed = _eigenvectors(matrices)
+        basis = torch.where(failed[:, None, None], torch.cat([bases[i] for i in indices]), basis)
+        found = ((matrices @ basis) * basis).sum(-2).clamp(min=0)
+        kept += int(failed.sum())
+        sizes = [factors[i].shape[0] for i in indices]
+        for i, q, eigenvalues in zip(indices, basis.split(sizes), found.split(sizes), strict=True):
+            bases[i], values[i] = q, eigenvalues
+    return Eigen(bases=bases, values=values, kept_last=kept)
+
+
+def _eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """(eigenvectors, failed) per matrix.
+
+    Matrices that are not finite are not decomposed (LAPACK may loop on NaN); one that does not converge does
+    not stop the others.
+    """
+    finite = torch.isfinite(matrices).flatten(1).all(1)
+    safe = torch.where(finite[:, None, None], (matrices + matrices.mT) / 2, 0.0)
+    try:
+        vectors = torch.linalg.eigh(safe).eigenvectors
+    except torch.linalg.LinAlgError:  # type: ignore[reportPrivateImportUsage]
+        if len(matrices) == 1:
+            return safe, torch.ones_like(finite)
+        pieces = [_eigenvectors(matrix.unsqueeze(0)) for matrix in matrices]
+        vectors, failed = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        return vectors, failed
+    return vectors, ~finite | ~torch.isfinite(vectors).flatten(1).all(1)
+
+
+def kronecker_sum_solve(
+    right: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], *, sign: float = 1.0
+) -> Tensor:
+    """V of B V A + sign D V C = right, that is of (B (x) A + sign D (x) C) rvec(V) = rvec(right).
+
+    right: [..., d_out, d_in]. first: (B, A), positive definite. second: (D, C), symmetric. Diagonalises C in
+    the metric of A and D in that of B, in float64 (Martens & Grosse 2015, arXiv:1503.05671; methods.md 2.3).
+    """
+    outer, d = _joint_basis(first[0], second[0])
+    inner, c = _joint_basis(first[1], second[1])
+    rotated = outer.mT @ right.double() @ inner
+    scale = 1 + sign * d.unsqueeze(-1) * c.unsqueeze(-2)
+    return (outer @ (rotated / scale) @ inner.mT).to(right.dtype)
+
+
+def _joint_basis(metric: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(K, s) with K^T metric K = I and K^T matrix K = diag(s)."""
+    root = torch.linalg.cholesky(metric.double())
+    half = torch.linalg.solve_triangular(root, matrix.double(), upper=False)
+    whitened = torch.linalg.solve_triangular(root, half.mT, upper=False)
+    values, vectors = torch.linalg.eigh((whitened + whitened.mT) / 2)
+    return torch.linalg.solve_triangular(root.mT, vectors, upper=True), values
+
+
+def small_inverse(blocks: Tensor, damping: float | Tensor) -> Tensor:
     """Inverse of `block + damping I` in closed form. blocks: [channels, k, k] with k = 1 or 2, positive
-    semi-definite.
+    semi-definite. damping: a number, or one per channel.
 
     A block that stays singular (damping 0) gives zeros: no step in a direction without curvature.
     """
+    damping = torch.as_tensor(damping, dtype=blocks.dtype, device=blocks.device)
     if blocks.shape[-1] == 1:
-        damped = blocks + damping
+        damped = blocks + damping.reshape(-1, 1, 1)
         return torch.where(damped > 0, 1 / damped, 0.0)
     a, b, d = blocks[:, 0, 0] + damping, blocks[:, 0, 1], blocks[:, 1, 1] + damping
     determinant = a * d - b * b
@@ -100,6 +217,23 @@ def mean_eigenvalue(factor: Tensor) -> Tensor:
     if factor.dim() == 1:
         return factor.mean().reshape(1)
     return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def largest_eigenvalue(factor: Tensor) -> Tensor:
+    """Largest eigenvalue per matrix, at least 0; 0 where the matrix is not finite.
+
+    factor: [batch, d, d], or [d] for a diagonal one (returns [1]).
+    """
+    if factor.dim() == 1:
+        largest = factor.amax().reshape(1)
+        return torch.where(torch.isfinite(largest), largest, 0.0).clamp(min=0)
+    finite = torch.isfinite(factor).flatten(1).all(1)
+    safe = torch.where(finite[:, None, None], factor, 0.0).double()
+    try:
+        largest = torch.linalg.eigvalsh(safe)[:, -1]
+    except torch.linalg.LinAlgError:  # type: ignore[reportPrivateImportUsage]
+        largest = torch.linalg.matrix_norm(safe)  # an upper bound
+    return largest.clamp(min=0).to(factor.dtype)
 
 
 def pi_ratio(a_mean: Tensor, g_mean: Tensor) -> Tensor:

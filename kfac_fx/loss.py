@@ -243,6 +243,18 @@ def root_cotangents(call: LossCall, weights: Tensor | None, scale: Tensor) -> It
             yield column.movedim(-1, call.class_dim)
 
 
+def root_products(kind: Kind, class_dim: int, prediction: Tensor, tangent: Tensor) -> Tensor:
+    """S^T t at every position, classes last: H's inner product of two tangents is that of their results."""
+    f, t = prediction.movedim(class_dim, -1), tangent.movedim(class_dim, -1)
+    if kind == "mse":
+        return t
+    if kind == "bce":
+        q = torch.sigmoid(f)
+        return torch.sqrt(q * (1 - q)) * t
+    p = torch.softmax(f, -1)
+    return torch.sqrt(p) * (t - (p * t).sum(-1, keepdim=True))
+
+
 def num_root_cotangents(call: LossCall) -> int:
     """How many backward passes `root_cotangents` needs."""
     f = call.prediction

@@ -29,6 +29,7 @@ class Trace:
 
     gradients: list[tuple[str, ...]] = field(default_factory=list)
     calls: list[LossCall] = field(default_factory=list)
+    weighted: list[bool] = field(default_factory=list)
 
 
 def backward_passes(
@@ -39,7 +40,9 @@ def backward_passes(
     batch: Batch,
     trace: Trace,
 ) -> tuple[Tensor, ...]:
-    """loss, 1/R_, call losses, then per pass: its seed and its gradients. Called while tracing."""
+    """loss, 1/R_; of each call its loss, prediction, 1/R_ and, if `trace.weighted`, the weights of its terms;
+    then per pass its seed and its gradients. Called while tracing.
+    """
     slopes = _slopes(loss, calls)
     seed = torch.ones_like(loss)
     outputs = [seed, *_gradients([loss], [seed], leaves, trace)]
@@ -47,11 +50,15 @@ def backward_passes(
         scaled = [scaled_terms(call, slope) for call, slope in slopes]
         inverse = _inverse_scale([pair[0] for pair in scaled], loss, batch)
     trace.calls = [call for call, _ in slopes]
+    trace.weighted = [weights is not None for _, weights in scaled]
     if fisher != "empirical" and trace.calls:  # without calls `make_capture` refuses
         _check_passes(trace.calls, fisher)
         for predictions, seeds in _fisher_seeds(trace.calls, scaled, inverse, fisher):
             outputs += [seeds[0], *_gradients(predictions, seeds, leaves, trace)]
-    return (loss, inverse, *(call.loss for call in trace.calls), *outputs)
+    described: list[Tensor] = []
+    for call, (own, weights) in zip(trace.calls, scaled, strict=True):
+        described += [call.loss, call.prediction, own, *([] if weights is None else [weights])]
+    return (loss, inverse, *described, *outputs)
 
 
 def _gradients(

@@ -35,7 +35,7 @@ def make_plan(
     kept: list[LayerMatch] = []
     refused: dict[str, Skip] = {}
     for match in matches.matched:
-        laid_out = replace(match, state_rows=rows.get(match.key))
+        laid_out = replace(match, state_rows=rows.get(match.key), sharing=sharing)
         why = _refusal(laid_out, method)
         if why is None:
             kept.append(laid_out)
@@ -56,27 +56,29 @@ def make_plan(
     return replace(plan, factors=tuple(specs))
 
 
-def _largest(match: LayerMatch) -> int:
-    if match.structure == "block":
-        return 1
-    return match.d_out if match.structure == "diagonal" else max(match.d_in, match.d_out)
+def _largest(match: LayerMatch, method: Method) -> int:
+    """Side length of the largest square matrix in the state; thin factors have none."""
+    state = method.init(match, dtype=torch.float32, device=torch.device("meta"))
+    squares = [t.shape[-1] for t in state.values() if t.dim() > 1 and t.shape[-1] == t.shape[-2]]
+    return max(squares, default=1)
 
 
 def _reown(kept: list[LayerMatch]) -> tuple[LayerMatch, ...]:
-    """If the owner of a shared A was too large, the next reader owns it."""
-    owners: dict[str, str] = {}
-    return tuple(replace(m, shared_a=owners.setdefault(m.shared_a, m.key)) for m in kept)
+    """If the owner of a shared A was too large, the next reader owns it.
+
+    A layer whose state was laid out by another batch size keeps its own: thin factors differ in shape.
+    """
+    owners: dict[object, str] = {}
+    return tuple(replace(m, shared_a=owners.setdefault((m.shared_a, m.laid_out), m.key)) for m in kept)
 
 
 def _refusal(match: LayerMatch, method: Method) -> tuple[Reason, str] | None:
     refused = method.refuses(match)
     if refused is not None:
         return Reason.METHOD, refused
-    if _largest(match) > method.max_factor_dim:
-        return (
-            Reason.TOO_LARGE,
-            f"a factor of {_largest(match)}^2 exceeds max_factor_dim={method.max_factor_dim}",
-        )
+    largest = _largest(match, method)
+    if largest > method.max_factor_dim:
+        return Reason.TOO_LARGE, f"a factor of {largest}^2 exceeds max_factor_dim={method.max_factor_dim}"
     return None
 
 

@@ -6,6 +6,7 @@ Enters: the raw graph and what the trace learnt. Leaves: the frozen record that 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from kfac_fx import graph as fxgraph
 from kfac_fx.batch import Batch, num_examples
 from kfac_fx.errors import LossError
 from kfac_fx.passes import Trace
-from kfac_fx.types import Capture, Fisher, LossFn, LossInfo, Parameter, Pass, Source
+from kfac_fx.types import Capture, Fisher, LossFn, LossInfo, LossNodes, Parameter, Pass, Source
 
 
 def make_capture(
@@ -33,18 +34,16 @@ def make_capture(
     """Name, clean and describe the traced step. Raises `LossError` if the loss does not fit the Fisher."""
     graph = module.graph
     _flatten_signature(module)
-    outputs = list(fxgraph.tree_leaves(graph.output_node().args[0]))
-    loss, inverse = outputs[:2]
-    call_losses = outputs[2 : 2 + len(trace.calls)]
-    passes, position = [], 2 + len(trace.calls)
-    for names in trace.gradients:
-        seed = outputs[position]
-        found = outputs[position + 1 : position + 1 + len(names)]
-        passes.append(Pass(seed=seed, gradients=dict(zip(names, found, strict=True))))
-        position += 1 + len(names)
     placeholders = graph.find_nodes(op="placeholder")
     _name_placeholders(placeholders, [*parameters], [*buffers], batch)
     _drop_detach(graph)
+    outputs = iter(fxgraph.tree_leaves(graph.output_node().args[0]))
+    loss, inverse = next(outputs), next(outputs)
+    call_losses, losses = _recorded(outputs, trace)
+    passes = []
+    for names in trace.gradients:
+        seed = next(outputs)
+        passes.append(Pass(seed=seed, gradients={name: next(outputs) for name in names}))
     _share_recomputed_randomness(graph, passes[0].seed)
     if len(passes) > 1:
         _keep_buffers(graph, [loss, *passes[0].gradients.values()])
@@ -52,7 +51,7 @@ def make_capture(
     module.recompile()
     records = _parameters(model, parameters, placeholders)
     data = placeholders[len(parameters) + len(buffers) :]
-    trainable = [p.node for p in records if p.trainable]
+    covered = _covers(loss, call_losses, [p.node for p in records if p.trainable])
     return Capture(
         graph=module,
         model_name=type(model).__name__,
@@ -61,14 +60,32 @@ def make_capture(
         inputs=tuple(data[: batch.num_inputs]),
         targets=tuple(data[batch.num_inputs :]),
         loss=loss,
-        loss_info=_loss_info(loss_fn, batch, trace, fisher, _covers(loss, call_losses, trainable)),
+        loss_info=_loss_info(loss_fn, batch, trace, fisher, covered),
         inverse_scale=inverse,
+        losses=losses if covered else (),
         passes=tuple(passes),
         backward=fxgraph.descendants(p.seed for p in passes),
         data=fxgraph.descendants(data),
         fisher=fisher,
         user_sources=_user_sources(records),
     )
+
+
+def _recorded(outputs: Iterator[Node], trace: Trace) -> tuple[list[Node], tuple[LossNodes, ...]]:
+    """(results, descriptions) of the recorded losses."""
+    results, losses = [], []
+    for call, weighted in zip(trace.calls, trace.weighted, strict=True):
+        results.append(next(outputs))
+        losses.append(
+            LossNodes(
+                kind=call.kind,
+                class_dim=call.class_dim,
+                prediction=next(outputs),
+                inverse_scale=next(outputs),
+                weight=next(outputs) if weighted else None,
+            )
+        )
+    return results, tuple(losses)
 
 
 def _flatten_signature(module: GraphModule) -> None:

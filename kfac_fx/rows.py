@@ -7,17 +7,18 @@ tensors out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.gram import InputRows, statistics_dtype
+from kfac_fx.gram import InputRows, statistics_dtype, upsampled
 from kfac_fx.layout import Geometry
 
 _LARGEST_CHUNK = 2**24
+_BITS = 2**31 - 1
 
 
 def input_rows(
@@ -135,19 +136,40 @@ def channel_moments(x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Mean [groups, C] and second moment [groups, C, C] over examples and pixels of [N, groups * C, *space].
 
     Grosse & Martens 2016 (arXiv:1602.01407), section 3 and appendix, spatially uncorrelated activations.
-    Padded pixels, which the kernel reads as zeros, count.
+    Zeros that the kernel reads count: padded pixels and, for a transposed convolution, those between pixels.
     """
-    if not geometry.transposed:
-        x = F.pad(x, [side for p in reversed(geometry.padding) for side in (p, p)])
+    if geometry.transposed:
+        x, geometry = upsampled(x, geometry)
+    x = F.pad(x, [side for p in reversed(geometry.padding) for side in (p, p)])
     channels = x.shape[1] // geometry.groups
     flat = _wide(x).reshape(x.shape[0], geometry.groups, channels, -1)
     rows = flat.permute(1, 0, 3, 2).reshape(geometry.groups, -1, channels)
     return rows.mean(1), rows.mT @ rows / rows.shape[1]
 
 
-def kernel_sums(rows: Tensor, geometry: Geometry) -> Tensor:
-    """Patches summed over the kernel: [groups, N, T, C * K] -> [groups, N, T, C]."""
-    return rows.unflatten(-1, (-1, math.prod(geometry.kernel))).sum(-1)
+def kernel_sums(rows: Tensor, volume: int) -> Tensor:
+    """Patches summed over the kernel's `volume` positions: [..., C * volume] -> [..., C]."""
+    return rows.unflatten(-1, (-1, volume)).sum(-1)
+
+
+def drawn_positions(draws: Tensor, *, seed: int, num: int, count: int) -> Tensor:
+    """`count` of `num` positions without replacement, in an order decided by (draws, seed) alone: [count].
+
+    draws: 0-dim int64, how many draws came before. The positions are sorted by a hash that maps different
+    positions to different numbers, so that no generator is needed and runs repeat on every device.
+    """
+    places = torch.arange(num, device=draws.device)
+    if count >= num:
+        return places
+    start = _mixed((draws & _BITS) ^ _mixed(seed & _BITS))
+    return torch.argsort(_mixed(start ^ _mixed(places)))[:count]
+
+
+def _mixed(number: Any) -> Any:
+    """A one-to-one map of 31-bit integers that spreads their bits; products stay below 2^62."""
+    for shift, factor in ((16, 1_640_531_527), (13, 1_103_515_245), (15, 1_812_433_253)):
+        number = ((number ^ (number >> shift)) * factor) & _BITS
+    return number ^ (number >> 16)
 
 
 def _wide(rows: Tensor) -> Tensor:

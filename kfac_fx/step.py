@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -16,16 +17,18 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from kfac_fx import guards
+from kfac_fx.adaptive import Point, check_plain_sgd, quadratic_update
 from kfac_fx.batch import Batch, flatten_batch
 from kfac_fx.canonical import gradient_names, initial_state, state_owner
 from kfac_fx.compiled import Compiled, Graphs
-from kfac_fx.contracts import Method, Plan
+from kfac_fx.contracts import DampedMethod, Method, Plan
 from kfac_fx.curvature import Curvature
 from kfac_fx.errors import KfacFxError
 from kfac_fx.functions import precondition_function
 from kfac_fx.instrument import Variant
 from kfac_fx.lower import execution, resolve_backend
 from kfac_fx.pending import Pending
+from kfac_fx.quadratic import forward_program
 from kfac_fx.trace import trace
 from kfac_fx.types import Fisher, LossFn, Sharing
 
@@ -54,6 +57,9 @@ class TrainStep:
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = method.base_optimizer(trainable) if optimizer is None else optimizer
         guards.check_optimizer(self.optimizer, model)
+        self._quadratic = quadratic_update(method)
+        if self._quadratic is not None:
+            check_plain_sgd(self.optimizer)
         self._options = {"fisher": fisher, "sharing": sharing, "exclude": exclude, "strict": strict}
         self._backend = resolve_backend(backend, guards.model_device(model))
         self._fingerprint = guards.fingerprint(model)
@@ -74,10 +80,10 @@ class TrainStep:
                 "step(...) was called while accumulated batches wait: call step.update() or step.discard()."
             )
         compiled, batch = self._prepare(inputs, targets)
-        with self._rolled_back_on_error():
-            if self._refresh_due():
-                loss = self.accumulate(inputs, targets)
-                self.update()
+        with self._rolled_back_on_error() as buffers:
+            if self._quadratic is not None or self._refresh_due():
+                loss = self._collect(compiled, batch)
+                self._finish(self._point(compiled, batch, buffers))
                 return loss
             variant: Variant = "statistics" if self._statistics_due() else "plain"
             program, outputs = compiled.call(variant, self._arguments(compiled, variant, batch))
@@ -94,7 +100,15 @@ class TrainStep:
         Batches of a mean loss are weighted by their numbers of loss terms, so that two halves equal the
         whole.
         """
-        compiled, batch = self._prepare(inputs, targets)
+        if self._quadratic is not None:
+            raise KfacFxError(
+                "quadratic_model=True models the loss of one batch: call step(inputs, targets) with the "
+                "whole batch, or use quadratic_model=False to accumulate."
+            )
+        return self._collect(*self._prepare(inputs, targets))
+
+    def _collect(self, compiled: Compiled, batch: Batch) -> Tensor:
+        """Add a batch to those that wait. Returns its loss."""
         variant: Variant = "batch_statistics" if self._statistics_due() else "gradients"
         program, outputs = compiled.call(variant, self._arguments(compiled, variant, batch))
         gradients = dict(zip(program.gradients, outputs[3:], strict=False))
@@ -106,20 +120,33 @@ class TrainStep:
 
     def update(self) -> None:
         """One update for all that was accumulated: statistics, refresh when due, precondition, optimizer."""
-        pending = self._pending
-        if pending is None:
+        if self._pending is None:
             raise KfacFxError(
                 "step.update() has nothing to apply: call step.accumulate(inputs, targets) first."
             )
-        plan = pending.plan
+        self._finish(None)
+
+    def _finish(self, point: Point | None) -> None:
+        """Apply the batches that wait. point: where the quadratic model is expanded, for methods with one."""
+        pending, quadratic = self._pending, self._quadratic
+        assert pending is not None
+        method = self.method if quadratic is None else quadratic.method
+        plan = replace(pending.plan, method=method)
         with self._rolled_back_on_error(), execution():
             refresh = self._refresh_due()
             if pending.statistics:
                 self._curvature.fold(plan, pending.statistics, pending.weight)
             if refresh:
-                self._curvature.refresh()
+                self._curvature.refresh(method)
             gradients = dict(pending.gradients)
-            gradients.update(self._precondition(plan, gradients))
+            if quadratic is None or point is None:
+                gradients.update(self._precondition(plan, gradients))
+            else:
+                gradients = quadratic.objective_gradients(gradients, point.parameters(gradients))
+                directions = self._precondition(plan, gradients)
+                delta = quadratic.update(point, gradients, directions, step=self._step)
+                gradients = {name: -tensor for name, tensor in delta.items()}
+                check_plain_sgd(self.optimizer)
             self._apply(gradients)
         self._pending = None
 
@@ -128,20 +155,34 @@ class TrainStep:
         self._pending = None
 
     @contextmanager
-    def _rolled_back_on_error(self) -> Iterator[None]:
-        """If anything fails inside, curvature, waiting batches and changed buffers are what they were."""
+    def _rolled_back_on_error(self) -> Iterator[dict[str, Tensor]]:
+        """If anything fails inside, curvature, waiting batches and changed buffers are what they were.
+
+        Gives the old values of the buffers that the model changes.
+        """
         before, pending = self._curvature.snapshot(), self._pending
+        quadratic = None if self._quadratic is None else self._quadratic.snapshot()
         changing = set() if self._last is None else self._last.changing_buffers
-        buffers = [(b, b.clone()) for name, b in self.model.named_buffers() if name in changing]
+        buffers = {name: b for name, b in self.model.named_buffers() if name in changing}
+        old = {name: buffer.clone() for name, buffer in buffers.items()}
         try:
-            yield
+            yield old
         except BaseException:
             self._curvature.restore(before)
             self._pending = pending
+            if self._quadratic is not None and quadratic is not None:
+                self._quadratic.restore(quadratic)
             with torch.no_grad():
-                for buffer, old in buffers:
-                    buffer.copy_(old)
+                for name, buffer in buffers.items():
+                    buffer.copy_(old[name])
             raise
+
+    def _point(self, compiled: Compiled, batch: Batch, old: Mapping[str, Tensor]) -> Point | None:
+        """The parameters, and the buffers as they were before this step's forward."""
+        if compiled.forward is None:
+            return None
+        buffers = [old.get(name, buffer) for name, buffer in self.model.named_buffers()]
+        return Point(forward=compiled.forward, tensors=(*self.model.parameters(), *buffers, *batch.tensors))
 
     def _precondition(self, plan: Plan, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         names = gradient_names(plan)
@@ -172,6 +213,22 @@ class TrainStep:
         """
         return {"retried": int(self._curvature.retried), "kept_last": int(self._curvature.kept_last)}
 
+    @property
+    def damping(self) -> float:
+        """Lambda of the next step; it changes where the method adapts it."""
+        if self._quadratic is not None:
+            return self._quadratic.damping
+        if not isinstance(self.method, DampedMethod):
+            raise KfacFxError(f"method {self.method.name!r} has no damping of this kind: read step.method.")
+        return self.method.damping
+
+    @property
+    def reduction_ratio(self) -> float | None:
+        """What the loss fell by at the last adaptation of the damping, relative to what the quadratic model
+        predicted; None before the first.
+        """
+        return None if self._quadratic is None else self._quadratic.ratio
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers alone: loads with `torch.load(..., weights_only=True)`; resuming is
         bit-identical.
@@ -185,13 +242,18 @@ class TrainStep:
         return {
             "step": self._step,
             **self._curvature.state_dict(),
+            **({} if self._quadratic is None else {"quadratic": self._quadratic.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`. Raises `StateError` naming what does not fit this model or method."""
         guards.check_state(state, self.model, self.optimizer)
+        if self._quadratic is not None:
+            self._quadratic.check_state(state, self.model)
         self._curvature.load_state_dict(state, [compiled.plan for compiled in self._compiled.values()])
+        if self._quadratic is not None:
+            self._quadratic.load_state_dict(state["quadratic"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._step = int(state["step"])
 
@@ -218,8 +280,11 @@ class TrainStep:
             guards.check_optimizer(self.optimizer, self.model)
             rows = self._curvature.rows
             plan = trace(self.model, self.loss_fn, batch, method=self.method, rows=rows, **self._options)
+            forward = None if self._quadratic is None else forward_program(plan.capture)
             self._curvature.adopt(plan)
-            self._compiled[key] = Compiled(plan=plan, backend=self._backend, curvature=self._curvature)
+            self._compiled[key] = Compiled(
+                plan=plan, backend=self._backend, curvature=self._curvature, forward=forward
+            )
         self._last = self._compiled[key]
         return self._last, batch
 

@@ -75,6 +75,22 @@ class LossInfo:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class LossNodes:
+    """One recorded loss in the graph: `R_ sum of weight * ell(prediction)` up to a constant.
+
+    kind, class_dim: see `loss.LossCall`. inverse_scale: 1/R_ of this loss (0-dim). weight: of each term, None
+    for all ones.
+    """
+
+    kind: Literal["cross_entropy", "mse", "bce"]
+    class_dim: int
+    prediction: Node
+    inverse_scale: Node
+    weight: Node | None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class Pass:
     """One backward pass: the seed that starts it and the gradient it gives to each parameter, by name."""
 
@@ -90,7 +106,8 @@ class Capture:
     graph: placeholders are parameters, buffers, inputs, targets in that order; outputs are the loss, then one
     gradient per trainable parameter that has one. passes[0] is the training backward; the others, if any,
     start at the model's prediction for the Fisher. inverse_scale is the node
-    of 1/R_ (0-dim tensor): the loss is R_ times the sum of its terms. backward: nodes that depend on a seed.
+    of 1/R_ (0-dim tensor): the loss is R_ times the sum of its terms. losses: the recorded losses it is made
+    of; none if it has other terms that depend on trainable parameters. backward: nodes that depend on a seed.
     data: nodes that depend on inputs or targets.
     """
 
@@ -103,6 +120,7 @@ class Capture:
     loss: Node
     loss_info: LossInfo
     inverse_scale: Node
+    losses: tuple[LossNodes, ...]
     passes: tuple[Pass, ...]
     backward: frozenset[Node]
     data: frozenset[Node]
@@ -149,6 +167,7 @@ class LayerMatch:
     rows of the parameter that this match covers (None: all). d_in counts the bias column. rows: number of
     rows (a, g) per pass, all uses. examples: how many examples those rows come from (the rest are positions).
     state_rows: (rows, examples) of the batch whose sizes laid out the layer's state; None: this one.
+    sharing: what the plan decided for the axis that shares the weight.
     """
 
     name: str
@@ -170,6 +189,7 @@ class LayerMatch:
     shared_a: str
     source: Source | None
     state_rows: tuple[int, int] | None = None
+    sharing: Sharing = "expand"
 
     @property
     def laid_out(self) -> tuple[int, int]:
@@ -257,3 +277,20 @@ class Refreshed:
 
     retried: int | Tensor
     kept_last: int | Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class QuadraticSettings:
+    """How a method uses the quadratic model of the objective (methods.md 2.6, 2.7).
+
+    momentum: whether the last update is one of the directions. l2: eta of the objective `loss + eta/2
+    |theta|^2`. adapt_every: steps between two adaptations of the damping, 0 for never. adapt_factor: w1, what
+    the damping is multiplied with or divided by. damping_bounds: least and largest damping.
+    """
+
+    momentum: bool
+    l2: float
+    adapt_every: int
+    adapt_factor: float
+    damping_bounds: tuple[float, float]

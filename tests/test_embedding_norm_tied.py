@@ -67,15 +67,16 @@ def test_b1_embedding_factors_are_word_frequencies_and_those_of_one_hot_rows(fis
     assert relative_error(state["G"], dense["G"]) < TOLERANCE
 
 
-@pytest.mark.parametrize(("pi", "fisher"), [(True, "type2"), (False, "empirical")])
-def test_emb2_row_formula_equals_the_dense_solve(pi: bool, fisher: str) -> None:
+@pytest.mark.parametrize(("rule", "fisher"), [("factored", "type2"), ("sqrt", "empirical")])
+def test_emb2_row_formula_equals_the_dense_solve(rule: str, fisher: str) -> None:
     tokens, y = sentences()
     words, loss_fn = Words().double(), nn.CrossEntropyLoss()
-    method = kfac_fx.KFAC(damping=1e-2, kl_clip=None, pi=pi)
+    method = kfac_fx.KFAC(damping=1e-2, kl_clip=None, damping_rule=rule)
     result = one_step(words, loss_fn, tokens, y, method=method, fisher=fisher)
     state, change = result.curvature["embedding.weight"], result.change["embedding.weight"]
     A, G = torch.diag(state["A"]), state["G"][0]
-    ratio = ((A.trace() / VOCABULARY) / (G.trace() / WIDTH)).sqrt() if pi else torch.tensor(1.0).double()
+    pi = ((A.trace() / VOCABULARY) / (G.trace() / WIDTH)).sqrt()
+    ratio = pi if rule == "factored" else torch.ones_like(pi)
     A_damped = A + 0.1 * ratio * torch.eye(VOCABULARY, dtype=torch.float64)
     G_damped = G + 0.1 / ratio * torch.eye(WIDTH, dtype=torch.float64)
     gradient = gradients(words, loss_fn, tokens, y)["embedding.weight"]

@@ -52,6 +52,11 @@ class MatchStatistics:
         """The match's structure."""
         return self.match.structure
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """T of each use."""
+        return tuple(self._scaled(values, values.g[0]).shape[2] for values in self._oriented(False))
+
     def input_moment(self, *, swapped: bool = False) -> Tensor:
         """A: [groups, d_in, d_in]; [d_in] for a diagonal structure. swapped.
 
@@ -96,7 +101,7 @@ class MatchStatistics:
         """Rows X with X^T X = A: [groups, m, d_in]."""
         uses = self._oriented(False)
         return rows.input_rows(
-            [self._input_rows(values) for values in uses],
+            [self._input_rows(values, reduced=reduced) for values in uses],
             reduced=reduced,
             bias=self.match.bias is not None,
             positions=positions,
@@ -154,10 +159,11 @@ class MatchStatistics:
     def _kind(self, use: Use) -> LayerKind:
         return self.kinds[use.options["kind"]]
 
-    def _input_rows(self, values: UseValues) -> gram.InputRows:
+    def _input_rows(self, values: UseValues, *, reduced: bool = False) -> gram.InputRows:
         assert values.a is not None
         a = self._kind(values.use).input_rows(values.use, values.a, values.operands)
-        return gram.InputRows(rows=a, ones=values.use.bias, kept=self._kept(values, a.shape[2]))
+        kept = None if reduced else self._kept(values, a.shape[2])
+        return gram.InputRows(rows=a, ones=values.use.bias, kept=kept)
 
     def _kept(self, values: UseValues, positions: int) -> Tensor | None:
         """1 for rows with a gradient in some pass of some reader of the input, else 0: [N, T]."""

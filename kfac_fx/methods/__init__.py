@@ -6,9 +6,27 @@ from typing import Any
 
 from kfac_fx.contracts import Method
 from kfac_fx.errors import UnknownNameError, check_choice
+from kfac_fx.methods.diagonal import Diagonal
+from kfac_fx.methods.ekfac import EKFAC
+from kfac_fx.methods.foof import FOOF
 from kfac_fx.methods.kfac import KFAC
+from kfac_fx.methods.kfc import KFC
+from kfac_fx.methods.nkfac import NKFAC, AdaNKFAC
+from kfac_fx.methods.singd import IKFAC, SINGD
+from kfac_fx.methods.skfac import SKFAC
 
-METHODS: dict[str, type[Any]] = {"kfac": KFAC}
+METHODS: dict[str, type[Any]] = {
+    "kfac": KFAC,
+    "kfc": KFC,
+    "ekfac": EKFAC,
+    "foof": FOOF,
+    "diagonal": Diagonal,
+    "singd": SINGD,
+    "ikfac": IKFAC,
+    "nkfac": NKFAC,
+    "adankfac": AdaNKFAC,
+    "skfac": SKFAC,
+}
 
 
 def resolve(method: str | Method) -> Method:
@@ -25,4 +43,17 @@ def resolve(method: str | Method) -> Method:
     return method
 
 
-__all__ = ["KFAC", "METHODS", "resolve"]
+__all__ = [
+    "AdaNKFAC",
+    "Diagonal",
+    "EKFAC",
+    "FOOF",
+    "IKFAC",
+    "KFAC",
+    "KFC",
+    "METHODS",
+    "NKFAC",
+    "SINGD",
+    "SKFAC",
+    "resolve",
+]

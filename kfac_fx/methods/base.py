@@ -24,6 +24,8 @@ class KroneckerFactored:
 
     decay: weight of the old average per statistics update. statistics_every, inverse_every: steps.
     max_factor_dim: larger layers are left to the optimizer.
+    stored, costs: for the table of `kfac-fx methods`, in d_A, d_G, rows n and columns m (methods.md 16.6):
+    what the state of a layer holds, in elements; FLOPs of statistics, refresh and apply each time they run.
     """
 
     decay: float = 0.95
@@ -32,6 +34,8 @@ class KroneckerFactored:
     max_factor_dim: int = 8192
 
     name: ClassVar[str] = ""
+    stored: ClassVar[str] = ""
+    costs: ClassVar[tuple[str, str, str]] = ("", "", "")
     shared_names: ClassVar[frozenset[str]] = frozenset({"A"})
     growing_names: ClassVar[frozenset[str]] = frozenset()
 

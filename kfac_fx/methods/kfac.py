@@ -6,14 +6,15 @@ sharing of Eschenhagen et al. 2023 (arXiv:2311.00636). Formulas: methods.md sect
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kfac_fx.linalg import damped_inverses, join_orientations, mean_eigenvalue, pi_ratio, small_inverse
+from kfac_fx.linalg import join_orientations
 from kfac_fx.methods.base import (
     KroneckerFactored,
     apply_flops,
@@ -25,85 +26,184 @@ from kfac_fx.methods.base import (
     two_sided,
     zeros,
 )
-from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
+from kfac_fx.methods.damping import RULES, damped_blocks, inverted, paired_dampings, scale
+from kfac_fx.methods.eigenbasis import decomposed, eigen_flops, outer, solved_in_basis
+from kfac_fx.types import FactorSpec, LayerMatch, QuadraticSettings, Refreshed, State
 
 
 @dataclass(frozen=True, kw_only=True)
 class KFAC(KroneckerFactored):
     """Kronecker-factored approximate curvature.
 
-    damping: lambda, in units of the Hessian of the loss that is minimised (of the MEAN loss for mean losses).
-    decay: weight of the old average per statistics update. statistics_every, inverse_every: steps. kl_clip:
-    bound on lr^2 <V, grad>, None for no bound. pi: balance the damping by the factors' traces.
-    max_factor_dim: larger layers are left to the optimizer.
+    damping: lambda. 0: no damping, but the pseudo-inverse of every factor, under any rule. decay: weight of
+    the old average per statistics update. statistics_every, inverse_every: steps. kl_clip: bound on
+    lr^2 <V, grad>, None for no bound. max_factor_dim: larger layers are left to the optimizer.
+    damping_rule: where lambda enters (methods.md 1.6), and with it the units of lambda.
+      "tikhonov": G (x) A + lambda I, exactly, through eigenvectors. Units of the Hessian of the loss that is
+        minimised: of the MEAN loss for mean losses; a sum loss needs lambda times the number of its terms.
+      "factored": A + pi sqrt(lambda) I and G + sqrt(lambda)/pi I, pi balances the traces. The same units.
+      "sqrt": A + sqrt(lambda) I and G + sqrt(lambda) I. The same units, but the step depends on how the scale
+        of the block is split: A is a mean of squared inputs, G carries the scale of the loss.
+      "full": A + lambda I and G + lambda I: units of A and of G at once.
+      "relative": A + max(1e-4, lambda l_max(A)) I, the same for G: lambda has no units.
+    quadratic_model: take length and momentum of the update from the exact quadratic model of the loss (C3 of
+    methods.md 1.8) in place of kl_clip, the learning rate and the optimizer's momentum. model_momentum: with
+    it, let the last update take part. l2: eta of the objective loss + eta/2 |theta|^2, units of lambda.
+    adaptive_damping: with it, every adapt_every steps multiply or divide lambda by adapt_rate^adapt_every
+    (Levenberg-Marquardt), within damping_bounds.
     """
 
     damping: float = 0.03
+    damping_rule: str = "factored"
     kl_clip: float | None = 1e-3
-    pi: bool = True
+    quadratic_model: bool = False
+    model_momentum: bool = True
+    l2: float = 0.0
+    adaptive_damping: bool = False
+    adapt_every: int = 5
+    adapt_rate: float = 19 / 20
+    damping_bounds: tuple[float, float] = (1e-8, math.inf)
 
     name: ClassVar[str] = "kfac"
+    stored: ClassVar[str] = "A, G and their inverses: 2 (d_A^2 + d_G^2)"
+    costs: ClassVar[tuple[str, str, str]] = (
+        "2 n (d_A^2 + d_G^2)",
+        "d_A^3 + d_G^3",
+        "2 d_A d_G (d_A + d_G)",
+    )
+
+    shared_names: ClassVar[frozenset[str]] = frozenset({"A", "A_basis", "A_eigenvalues"})
 
     def __post_init__(self) -> None:
         """Refuse values without meaning, by name."""
         super().__post_init__()
+        self._check("damping_rule", self.damping_rule in RULES, f"must be one of {', '.join(RULES)}")
         clips = self.kl_clip is None or self.kl_clip > 0
         self._check("kl_clip", clips, "must be positive, or None for no clipping")
+        self._check_quadratic()
+
+    def _check_quadratic(self) -> None:
+        rules = ("tikhonov", "factored", "sqrt")
+        least, largest = self.damping_bounds
+        for name, holds, rule in (
+            ("adapt_every", self.adapt_every >= 1, "must be at least 1"),
+            ("adapt_rate", 0 < self.adapt_rate < 1, "must lie in (0, 1)"),
+            ("damping_bounds", 0 < least <= largest, "must be positive and in order"),
+            ("l2", 0 <= self.l2 < math.inf, "must be finite and not negative"),
+        ):
+            self._check(name, holds, rule)
+        if not self.quadratic_model:
+            for name in ("adaptive_damping", "l2"):
+                self._check(name, not getattr(self, name), "needs quadratic_model=True")
+            return
+        known = self.damping_rule in rules
+        self._check("damping_rule", known, f"quadratic_model=True needs one of {', '.join(rules)}")
+        adds = self.damping > 0 or not (self.l2 or self.adaptive_damping)
+        self._check("damping", adds, "must be positive with l2 or adaptive_damping")
+
+    @property
+    def quadratic(self) -> QuadraticSettings | None:
+        """The settings of the quadratic model, if it is used."""
+        if not self.quadratic_model:
+            return None
+        return QuadraticSettings(
+            momentum=self.model_momentum,
+            l2=self.l2,
+            adapt_every=self.adapt_every if self.adaptive_damping else 0,
+            adapt_factor=self.adapt_rate**self.adapt_every,
+            damping_bounds=self.damping_bounds,
+        )
+
+    def damped(self, damping: float) -> KFAC:
+        """This method with lambda + eta in place of lambda."""
+        return replace(self, damping=damping + self.l2)
+
+    def base_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """SGD with momentum; without, and lr 1, where the quadratic model gives the whole update."""
+        if self.quadratic_model:
+            return torch.optim.SGD(parameters, lr=1.0)
+        return super().base_optimizer(parameters)
+
+    @property
+    def keeps_eigenvectors(self) -> bool:
+        """Whether the state holds eigenvectors, and lambda is added when they are applied."""
+        return self.damping_rule == "tikhonov" and self.damping > 0
 
     def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:
-        """Zero factors (the moving average is bias-corrected) and identity inverses."""
+        """Zero factors (the moving average is bias-corrected) and identity inverses, or identity bases."""
         shapes = factor_shapes(match)
         state = zeros(shapes, dtype=dtype, device=device)
         for name in ("F",) if match.structure == "block" else ("A", "G"):
-            state[f"{name}_inverse"] = identity(shapes[name], dtype=dtype, device=device)
+            sizes = shapes[name]
+            if name == "F" or not self.keeps_eigenvectors:
+                state[f"{name}_inverse"] = identity(sizes, dtype=dtype, device=device)
+                continue
+            state[f"{name}_eigenvalues"] = torch.ones(sizes[:2], dtype=dtype, device=device)
+            if len(sizes) > 1:
+                state[f"{name}_basis"] = identity(sizes, dtype=dtype, device=device)
         return state
 
     def refresh(
         self, states: Mapping[str, State], *, counts: Mapping[str, int]
     ) -> tuple[dict[str, State], Refreshed]:
-        """Damped inverses of all factors, equal sizes in one batched call."""
-        new: dict[str, State] = {key: {} for key in states}
-        places, factors, dampings, last = [], [], [], []
-        for key, state in states.items():
-            if "F" in state:
-                new[key]["F_inverse"] = small_inverse(state["F"], self.damping)
-                continue
-            sides = joined_sides(state)
-            for name, factor, damping in zip(("A", "G"), sides, self.factor_dampings(*sides), strict=True):
-                if factor.dim() == 1:
-                    damped = factor + damping.to(factor.dtype)
-                    new[key][f"{name}_inverse"] = torch.where(damped > 0, 1 / damped, 0.0)
-                    continue
-                places.append((key, f"{name}_inverse"))
-                factors.append(factor)
-                dampings.append(damping)
-                last.append(state[f"{name}_inverse"])
-        result = damped_inverses(factors, dampings, last=last)
-        for (key, name), inverse in zip(places, result.inverses, strict=True):
-            new[key][name] = inverse
-        return new, Refreshed(retried=result.retried, kept_last=result.kept_last)
+        """Damped inverses, or eigenvectors, of all factors; equal sizes in one batched call."""
+        return self.refreshed(states, damping=self.damping)
 
-    def factor_dampings(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """(pi sqrt(lambda), sqrt(lambda) / pi) per group: rule D1 of methods.md 1.6."""
-        a_mean, g_mean = mean_eigenvalue(a), mean_eigenvalue(g)
-        root = self.damping**0.5
-        pi = pi_ratio(a_mean, g_mean) if self.pi else torch.ones_like(a_mean)
-        return pi * root, root / pi
+    def refreshed(
+        self, states: Mapping[str, State], *, damping: float | Tensor
+    ) -> tuple[dict[str, State], Refreshed]:
+        """What `refresh` returns, for this lambda: a number or a 0-dim tensor, positive if the setting is."""
+        blocks = {key: state["F"] for key, state in states.items() if "F" in state}
+        new = {key: {"F_inverse": damped_blocks(self._rule, damping, f)} for key, f in blocks.items()}
+        rest = {key: state for key, state in states.items() if key not in blocks}
+        sides = {key: self.sides(state) for key, state in rest.items()}
+        if self.keeps_eigenvectors:
+            changed, refreshed = decomposed(sides, rest)
+        else:
+            pairs = {key: self.dampings(state, damping) for key, state in rest.items()}
+            changed, refreshed = inverted(sides, pairs, rest, undamped=self.damping == 0)
+        return new | changed, refreshed
+
+    def sides(self, state: State) -> tuple[Tensor, Tensor]:
+        """The factors that are inverted, (A, G); for a tied weight those of both orientations together."""
+        return joined_sides(state)
+
+    def dampings(self, state: State, damping: float | Tensor) -> tuple[Tensor, Tensor]:
+        """What the rule adds to A and to G, [groups] each."""
+        return paired_dampings(self._rule, damping, *self.scales(state))
+
+    @property
+    def _rule(self) -> str:
+        """The rule; without damping all agree, and "factored" adds nothing."""
+        return self.damping_rule if self.damping > 0 else "factored"
+
+    def scales(self, state: State) -> tuple[Tensor, Tensor]:
+        """What the damping rule reads of A and of G, [groups] each."""
+        a, g = self.sides(state)
+        return scale(self.damping_rule, a), scale(self.damping_rule, g)
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         """V = G^-1 grad A^-1; for blocks F^-1 grad per channel."""
         if "F_inverse" in state:
             return solved_blocks(state["F_inverse"], gradient)
+        if "G_basis" in state:
+            eigenvalues = outer(state["G_eigenvalues"], state["A_eigenvalues"])
+            return solved_in_basis(state, gradient, eigenvalues + self.damping)
         return two_sided(state["G_inverse"], gradient, state["A_inverse"])
 
     def rescale(
         self, directions: list[Tensor], gradients: list[Tensor], *, learning_rates: Tensor
     ) -> list[Tensor]:
-        """KL clip (rule C1 of methods.md 1.8)."""
-        return kl_clipped(directions, gradients, learning_rates=learning_rates, bound=self.kl_clip)
+        """KL clip (rule C1 of methods.md 1.8); as they are for the quadratic model."""
+        bound = None if self.quadratic_model else self.kl_clip
+        return kl_clipped(directions, gradients, learning_rates=learning_rates, bound=bound)
 
     def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
-        """Statistics 2 rows d^2, Cholesky inverse d^3, apply 2 d^2 times the other side."""
+        """Statistics 2 rows d^2, Cholesky inverse d^3, apply 2 d^2 times the other side; with eigenvectors 9
+        d^3 and twice that.
+        """
+        eigen = self.keeps_eigenvectors and match.structure != "block"
+        shapes = factor_shapes(match)
         return tuple(
             spec(
                 self,
@@ -111,8 +211,8 @@ class KFAC(KroneckerFactored):
                 side,
                 dtype=dtype,
                 statistics=moment_flops(match, side),
-                refresh=_inverse_flops(factor_shapes(match)[side]),
-                apply=apply_flops(match, side),
+                refresh=eigen_flops(shapes[side]) if eigen else inverse_flops(shapes[side]),
+                apply=apply_flops(match, side) * (2 if eigen and len(shapes[side]) > 1 else 1),
             )
             for side in (("F",) if match.structure == "block" else ("A", "G"))
         )
@@ -131,5 +231,6 @@ def solved_blocks(inverse: Tensor, gradient: Tensor) -> Tensor:
     return (inverse @ gradient.to(inverse.dtype).unsqueeze(-1)).squeeze(-1)
 
 
-def _inverse_flops(sizes: tuple[int, ...]) -> int:
+def inverse_flops(sizes: tuple[int, ...]) -> int:
+    """FLOPs of an inverse through Cholesky: d^3 per matrix."""
     return 2 * sizes[0] if len(sizes) == 1 else sizes[0] * sizes[1] ** 3

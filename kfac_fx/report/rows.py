@@ -83,7 +83,7 @@ class Totals:
         parts = {
             "apply": self.cost.apply,
             "statistics": self.cost.statistics / self.statistics_every,
-            "inversion": self.cost.inversion / self.inverse_every,
+            "inversion": self.cost.inversion / self.inverse_every if self.inverse_every else 0.0,
         }
         return (sum(parts.values()) if phase == "total" else parts[phase]) / self.model_flops
 

@@ -112,13 +112,14 @@ def cost_line(sums: Totals) -> str:
     model = f"model {flops_text(sums.model_flops)}"
     apply = f"apply {flops_text(sums.cost.apply)}{_extra(sums, 'apply')}"
     statistics = f"statistics {flops_text(sums.cost.statistics)} every {sums.statistics_every}"
-    inversion = f"inversion {flops_text(sums.cost.inversion)} every {sums.inverse_every}"
+    refreshes = f"{flops_text(sums.cost.inversion)} every {sums.inverse_every}"
+    inversion = f"inversion {refreshes}" if sums.inverse_every else "inversion never"
     return "   ".join(
         [
             f"per step  {model}",
             apply,
             statistics + _extra(sums, "statistics"),
-            inversion + _extra(sums, "inversion"),
+            inversion + (_extra(sums, "inversion") if sums.inverse_every else ""),
             f"total{_extra(sums, 'total', parentheses=False)}",
         ]
     )

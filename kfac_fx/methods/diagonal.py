@@ -1,0 +1,111 @@
+"""The exact diagonal of the Fisher matrix, from gradients of examples. A cheap baseline.
+
+Kunstner, Balles & Hennig 2019 (arXiv:1905.12558) compare such diagonals; methods.md 9.2: positions and uses
+are summed before the square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kfac_fx.contracts import Statistics
+from kfac_fx.methods.base import KroneckerFactored, kl_clipped, moment_flops, spec, zeros
+from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagonal(KroneckerFactored):
+    """Diagonal of the Fisher matrix: V = grad / (S + lambda), entry by entry.
+
+    damping: lambda, in units of the Hessian of the loss that is minimised (of the MEAN loss for mean losses).
+    0: none, and no step where S is zero. decay: weight of the old average per statistics update.
+    statistics_every: steps. inverse_every: 0, since nothing is inverted. kl_clip: bound on lr^2 <V, grad>,
+    None for no bound. `sharing` has no influence. max_factor_dim: larger layers are left to the optimizer;
+    there is no dense factor, so that the default excludes nothing. Weights that are also used transposed are
+    left to it too.
+    """
+
+    damping: float = 0.03
+    kl_clip: float | None = 1e-3
+    inverse_every: int = 0
+    max_factor_dim: int = 2**31
+
+    name: ClassVar[str] = "diagonal"
+    stored: ClassVar[str] = "S: d_A d_G"
+    costs: ClassVar[tuple[str, str, str]] = ("2 n d_A d_G", "none", "d_A d_G")
+    shared_names: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning, by name."""
+        super().__post_init__()
+        self._check("inverse_every", self.inverse_every == 0, "must be 0, since nothing is inverted")
+        clips = self.kl_clip is None or self.kl_clip > 0
+        self._check("kl_clip", clips, "must be positive, or None for no clipping")
+
+    @property
+    def inverse_free(self) -> bool:
+        """Yes."""
+        return True
+
+    def refuses(self, match: LayerMatch) -> str | None:
+        """Weights that are also used transposed: their squares are not projected."""
+        if match.tied:
+            return "diagonal has no per-example squares for a weight that is also used transposed"
+        return None
+
+    def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:
+        """Zeros (the moving average is bias-corrected)."""
+        if match.structure == "block":
+            sizes = (match.groups, 1 if match.bias is None else 2)
+            return zeros({"F": sizes}, dtype=dtype, device=device)
+        return zeros({"S": (match.groups, match.d_out, match.d_in)}, dtype=dtype, device=device)
+
+    def statistics_names(self, match: LayerMatch) -> tuple[str, ...]:
+        """S, or F for blocks."""
+        return ("F",) if match.structure == "block" else ("S",)
+
+    def batch_statistics(self, statistics: Statistics, names: Sequence[str], state: State) -> State:
+        """Squares of the gradients of examples, summed; of blocks their diagonal."""
+        if "F" in names:
+            return {"F": statistics.blocks().diagonal(dim1=-2, dim2=-1)}
+        return {"S": statistics.squared_projections(None, None)} if names else {}
+
+    def refresh(
+        self, states: Mapping[str, State], *, counts: Mapping[str, int]
+    ) -> tuple[dict[str, State], Refreshed]:
+        """Nothing."""
+        return {}, Refreshed(retried=0, kept_last=0)
+
+    def precondition(self, state: State, gradient: Tensor) -> Tensor:
+        """V = grad / (S + lambda); 0 where that is zero."""
+        (squares,) = state.values()
+        damped = squares + self.damping
+        return torch.where(damped > 0, gradient.to(damped.dtype) / damped, 0.0)
+
+    def rescale(
+        self, directions: list[Tensor], gradients: list[Tensor], *, learning_rates: Tensor
+    ) -> list[Tensor]:
+        """KL clip (rule C1 of methods.md 1.8)."""
+        return kl_clipped(directions, gradients, learning_rates=learning_rates, bound=self.kl_clip)
+
+    def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
+        """Statistics 2 rows d_in d_out; one division per entry."""
+        block = match.structure == "block"
+        size = match.groups * match.d_out * match.d_in
+        per_row = size // match.d_in if match.structure == "diagonal" else 2 * size
+        squares = spec(
+            self,
+            match,
+            "F" if block else "S",
+            dtype=dtype,
+            statistics=moment_flops(match, "F") if block else match.num_passes * match.rows * per_row,
+            refresh=0,
+            apply=match.numel,
+            form="squares of gradients",
+        )
+        return (replace(squares, dim=match.numel, count=1, diagonal=True),)

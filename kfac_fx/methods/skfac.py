@@ -1,0 +1,271 @@
+"""SKFAC: factors as thin sets of rows, inverted by the Sherman-Morrison-Woodbury identity.
+
+Tang et al. 2021, "SKFAC: Training Neural Networks with Faster Kronecker-Factored Approximate Curvature" (CVPR
+2021; no arXiv number). Formulas: methods.md sections 4 and 16.2; schedule, damping and base optimizer are
+those of the authors' published code.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kfac_fx import woodbury
+from kfac_fx.contracts import Statistics
+from kfac_fx.linalg import damped_inverses, mean_eigenvalue
+from kfac_fx.methods import thin
+from kfac_fx.methods.base import KroneckerFactored, averaged, factor_shapes, kl_clipped, moment_flops, spec
+from kfac_fx.methods.damping import paired_dampings
+from kfac_fx.methods.thin import Rows, Side, Strategy
+from kfac_fx.rows import drawn_positions
+from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class SKFAC(KroneckerFactored):
+    """K-FAC from the rows of a few batches, by the Woodbury identity.
+
+    damping: lambda, in units of the Hessian of the loss that is minimised; positive. damping_rule: "factored"
+    (sqrt(lambda) pi for A and sqrt(lambda) / pi for G, with the traces' pi), "sqrt" (sqrt(lambda) for both,
+    as published) or "full" (lambda for both, in units of A and of G).
+
+    strategy: what makes the rows of a convolution few. "reduce": one row per example, inputs averaged and
+    gradients summed over positions, whatever `sharing` is. "subsample": `positions` positions per example,
+    drawn with `seed` without replacement at every update, the same for the whole batch and for A and G.
+    "receptive_field": patches are summed over the kernel, A has one row and column per channel and the bias
+    its own 1x1 factor; positions are treated as `sharing` says. scale: of "reduce"; "exact", or "paper" (the
+    mean of the gradients over T positions, G smaller by T^2). Other layers keep one row per example and
+    position, or per example if `sharing` is "reduce".
+
+    window: batches that a factor averages over, the newest with weight 1 and each older one with `decay`
+    times the next one's, weights made to sum to one; 1 as published: the newest batch alone. Factors
+    that are kept dense, since they have as many rows as columns, average over all batches if window > 1.
+    statistics_every, inverse_every: steps; the published 834 is 1/48 of an epoch of ImageNet at batch 32.
+    kl_clip: bound on lr^2 <V, grad>, None for no bound, as published.
+    """
+
+    damping: float = 0.03
+    damping_rule: Literal["factored", "sqrt", "full"] = "factored"
+    strategy: Strategy = "reduce"
+    scale: Literal["exact", "paper"] = "exact"
+    positions: int = 4
+    seed: int = 0
+    window: int = 1
+    kl_clip: float | None = None
+    statistics_every: int = 834
+    inverse_every: int = 834
+
+    name: ClassVar[str] = "skfac"
+    stored: ClassVar[str] = "rows of A and G and their Z: 2 m (d_A + d_G); dense as kfac where m >= d"
+    costs: ClassVar[tuple[str, str, str]] = (
+        "n (d_A + d_G)",
+        "3 m^2 (d_A + d_G) + 2 m^3",
+        "8 m d_A d_G",
+    )
+    shared_names: ClassVar[frozenset[str]] = frozenset({"A", "A_rows", "A_weights", "A_bias", "A_draws"})
+    growing_names: ClassVar[frozenset[str]] = frozenset({"A_rows", "G_rows", "A_z", "G_z"})
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning, by name."""
+        super().__post_init__()
+        self._check("damping", self.damping > 0, "must be positive: thin inverses divide by it")
+        choices = {
+            "damping_rule": ("factored", "sqrt", "full"),
+            "strategy": ("reduce", "subsample", "receptive_field"),
+            "scale": ("exact", "paper"),
+        }
+        for name, allowed in choices.items():
+            self._check(name, getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
+        for name in ("positions", "window"):
+            self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        clips = self.kl_clip is None or self.kl_clip > 0
+        self._check("kl_clip", clips, "must be positive, or None for no clipping")
+
+    def base_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """SGD as published for ImageNet at batch 32."""
+        return torch.optim.SGD(parameters, lr=0.00625, momentum=0.9, weight_decay=5e-4)
+
+    def refuses(self, match: LayerMatch) -> str | None:
+        """Scales and shifts of norms, which the paper leaves to the optimizer."""
+        if match.structure == "block":
+            return "SKFAC is for products with a matrix; norms get the plain gradient, as published"
+        return None
+
+    def rows(self, match: LayerMatch) -> Rows:
+        """What the rows of this layer are."""
+        return Rows.of(match, self.strategy, self.positions)
+
+    def sides(self, match: LayerMatch) -> tuple[Side, Side]:
+        """How A and G of this layer are kept."""
+        rows = self.rows(match)
+        sizes = {"window": self.window, "groups": match.groups, "dense": match.tied}
+        a = Side(
+            name="A",
+            dim=thin.channels(match) if rows.by_field else match.d_in,
+            block=rows.num,
+            other=match.d_out * (match.kernel_volume if rows.by_field else 1),
+            diagonal=match.structure == "diagonal",
+            **sizes,
+        )
+        g = Side(name="G", dim=match.d_out, block=rows.num * match.num_passes, other=match.d_in, **sizes)
+        return a, g
+
+    def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:
+        """No curvature and identity inverses; thin rows as many as the first batch has."""
+        state: State = {}
+        for side in self.sides(match):
+            state |= side.state(dtype=dtype, device=device)
+        if match.tied:
+            for name, sizes in factor_shapes(match).items():
+                if name.endswith("swapped"):
+                    state[name] = torch.zeros(sizes, dtype=dtype, device=device)
+        if self.rows(match).by_field and match.bias is not None:
+            state["A_bias"] = torch.zeros(match.groups, dtype=dtype, device=device)
+            state["A_bias_inverse"] = torch.ones_like(state["A_bias"])
+        if self.rows(match).subsampled:
+            state["A_draws"] = torch.zeros((), dtype=torch.int64, device=device)
+        return state
+
+    def statistics_names(self, match: LayerMatch) -> tuple[str, ...]:
+        """Rows of thin sides, second moments of dense ones."""
+        if match.tied:
+            return super().statistics_names(match)
+        a, g = self.sides(match)
+        bias = ("A_bias",) if self.rows(match).by_field and match.bias is not None else ()
+        return (a.statistic, *bias, g.statistic)
+
+    def batch_statistics(self, statistics: Statistics, names: Sequence[str], state: State) -> State:
+        """Rows, or second moments, of one batch."""
+        match = statistics.match
+        if match.tied:
+            return super().batch_statistics(statistics, names, state)
+        own, by_moment = self.rows(match), match.uses[0].geometry is None
+        drawn = self._drawn(statistics, state) if own.subsampled else None
+        found: State = {}
+        if "A" in names and by_moment:
+            found["A"] = statistics.input_moment()
+        elif any(name.startswith("A") for name in names):
+            rows = statistics.input_rows(reduced=own.reduced, positions=drawn)
+            if own.by_field:
+                bias = match.bias is not None
+                rows, corner = thin.field_rows(rows, volume=match.kernel_volume, bias=bias)
+                found |= {} if corner is None else {"A_bias": corner}
+            found |= thin.thin_or_dense("A", rows, names)
+        if "G" in names and by_moment:
+            found["G"] = statistics.output_moment()
+        elif any(name.startswith("G") for name in names):
+            rows = statistics.output_rows(reduced=own.reduced, positions=drawn)
+            if self.scale == "paper" and self.strategy == "reduce" and not by_moment:
+                rows = rows / sum(statistics.positions)
+            found |= thin.thin_or_dense("G", rows, names)
+        return found
+
+    def _drawn(self, statistics: Statistics, state: State) -> list[Tensor]:
+        """The positions of each use, the same for all layers that read one input in one way."""
+        salt = self.seed ^ zlib.crc32(statistics.match.shared_a.encode())
+        return [
+            drawn_positions(state["A_draws"], seed=salt ^ use, num=num, count=self.positions)
+            for use, num in enumerate(statistics.positions)
+        ]
+
+    def join(self, name: str, first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+        """Rows side by side, each with the square root of its weight; second moments are linear."""
+        if name.endswith("_rows"):
+            return woodbury.joined_rows(first, second, weights)
+        return super().join(name, first, second, weights)
+
+    def fold(self, state: State, batch: State, *, weight: Tensor, inverse_scale: Tensor) -> State:
+        """Push rows into the window; average second moments (over one batch alone if the window is one)."""
+        new: State = {}
+        weight = torch.ones_like(weight) if self.window == 1 else weight
+        for name, value in batch.items():
+            if not name.endswith("_rows"):
+                new[name] = averaged(state[name], value, weight)
+                continue
+            weights = name.removesuffix("rows") + "weights"
+            new[name], new[weights] = woodbury.pushed(state[name], state[weights], value, decay=self.decay)
+        if "A_draws" in state and any(name.startswith("A") for name in batch):
+            new["A_draws"] = state["A_draws"] + 1
+        return new
+
+    def refresh(
+        self, states: Mapping[str, State], *, counts: Mapping[str, int]
+    ) -> tuple[dict[str, State], Refreshed]:
+        """Z of thin sides and inverses of dense ones, equal sizes in one batched call."""
+        new: dict[str, State] = {key: {} for key in states}
+        thin_sides: list[tuple[str, str, Tensor, Tensor]] = []
+        dense_sides: list[tuple[str, str, Tensor, Tensor]] = []
+        for key, state in states.items():
+            factors = thin.current_factors(state)
+            for name, damping in zip("AG", self._dampings(state, factors), strict=True):
+                factor = factors[name]
+                if f"{name}_rows" in state:
+                    thin_sides.append((key, name, factor, damping))
+                elif factor.dim() == 1:
+                    new[key][f"{name}_inverse"] = 1 / (factor + damping)
+                else:
+                    dense_sides.append((key, name, factor, damping))
+                if name == "A" and "A_bias" in state:
+                    new[key]["A_bias_inverse"] = 1 / (state["A_bias"] + damping)
+        kept = thin.refresh_sides(states, new, thin_sides)
+        last = [states[key][f"{name}_inverse"] for key, name, _, _ in dense_sides]
+        result = damped_inverses([s[2] for s in dense_sides], [s[3] for s in dense_sides], last=last)
+        for (key, name, _, _), inverse in zip(dense_sides, result.inverses, strict=True):
+            new[key][f"{name}_inverse"] = inverse
+        return new, Refreshed(retried=result.retried, kept_last=kept + result.kept_last)
+
+    def _dampings(self, state: State, factors: State) -> tuple[Tensor, Tensor]:
+        """(gamma_A, gamma_G) per group, in the precision of the state: rules D1 to D3 of methods.md 1.6."""
+        means = [
+            woodbury.mean_eigenvalue_of_rows(factors[name])
+            if f"{name}_rows" in state
+            else mean_eigenvalue(factors[name]).double()
+            for name in "AG"
+        ]
+        gammas = paired_dampings(self.damping_rule, self.damping, *means)
+        return gammas[0].to(factors["A"].dtype), gammas[1].to(factors["G"].dtype)
+
+    def precondition(self, state: State, gradient: Tensor) -> Tensor:
+        """V = G^-1 grad A^-1, each side in the form that the state holds."""
+        half = thin.applied_left(state, gradient)
+        if thin.side_length(state) == gradient.shape[-1]:
+            return thin.applied_right(state, half)
+        return thin.applied_to_channels(state, half)
+
+    def rescale(
+        self, directions: list[Tensor], gradients: list[Tensor], *, learning_rates: Tensor
+    ) -> list[Tensor]:
+        """As they are, or the KL clip (rule C1 of methods.md 1.8)."""
+        return kl_clipped(directions, gradients, learning_rates=learning_rates, bound=self.kl_clip)
+
+    def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
+        """Costs of methods.md 16.6 by the form of each side."""
+        specs = []
+        for side in self.sides(match):
+            collects = moment_flops(match, side.name)
+            if side.thin or match.uses[0].geometry is not None:
+                collects = self._rows_flops(match, side)
+            base = spec(
+                self,
+                match,
+                side.name,
+                dtype=dtype,
+                statistics=collects,
+                refresh=side.refresh_flops,
+                apply=side.apply_flops,
+                form=f"{side.form} inverse of rows" if side.thin else None,
+                columns=side.columns if side.thin else None,
+            )
+            specs.append(replace(base, dim=side.dim))
+        return tuple(specs)
+
+    def _rows_flops(self, match: LayerMatch, side: Side) -> int:
+        """One addition for every entry of the rows, and 2 m d^2 where they are multiplied."""
+        a = side.name == "A"
+        entries = match.rows * (match.d_in if a else match.num_passes * match.d_out)
+        return match.groups * (entries + (0 if side.thin else 2 * side.block * side.dim**2))

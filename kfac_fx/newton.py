@@ -1,0 +1,137 @@
+"""Approximate inverses by guarded Newton steps, and the largest eigenvalue that sets their damping.
+
+Batched tensors in, batched tensors out: `[batch, d, d]`, symmetric, positive semi-definite. No function reads
+a value on the host. Sun, Yong & Zhang 2023 (NKFAC, ECML-PKDD); methods.md 5.3, 5.4 and 19.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_SPECTRAL_MARGIN = 1.25
+_SPECTRAL_PAIRS = 10
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices in float32 and not in TF32, whose error ends the quadratic convergence.
+
+    Pitfall P6 of methods.md. On a CPU nothing changes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def top_eigenvalue(matrices: Tensor, *, iterations: int = 10) -> Tensor:
+    """Largest eigenvalue of each matrix by power iteration, from below: [batch]; 0 for a zero matrix.
+
+    iterations: of two products with a vector each. The start is all ones, as published, or the column with
+    the largest diagonal entry where ones lie almost in the null space: exactly so for G of a layer under
+    softmax cross-entropy, whose gradients sum to zero (methods.md 19, pitfall P25).
+    """
+    vector = _start(matrices)
+    for _ in range(iterations):
+        vector = matrices @ _unit(matrices.mT @ vector)
+    return torch.linalg.vector_norm(vector, dim=(1, 2))
+
+
+def _start(matrices: Tensor) -> Tensor:
+    size = matrices.shape[-1]
+    ones = torch.ones_like(matrices[:, :, :1])
+    reached = torch.linalg.vector_norm(matrices.mT @ ones, dim=(1, 2))
+    small = reached < 1e-3 * frobenius_norm(matrices) * size**0.5
+    largest = matrices.diagonal(dim1=1, dim2=2).argmax(1)
+    column = matrices.gather(2, largest[:, None, None].expand(-1, size, 1))
+    return torch.where(small[:, None, None], column, ones)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(vectors, dim=(1, 2), keepdim=True)
+    return vectors / norms.clamp(min=torch.finfo(vectors.dtype).tiny)
+
+
+def relative_damping(factor: Tensor, *, relative: float, floor: float) -> Tensor:
+    """max(floor, relative * largest eigenvalue): [batch], or 0-dim for a diagonal factor [d].
+
+    Rule D4 of methods.md 1.6.
+    """
+    top = factor.max() if factor.dim() == 1 else top_eigenvalue(factor)
+    return (relative * top).clamp(min=floor)
+
+
+def frobenius_norm(matrices: Tensor) -> Tensor:
+    """[batch, d, d] -> [batch]."""
+    return torch.linalg.vector_norm(matrices, dim=(1, 2))
+
+
+def spectral_bound(matrices: Tensor) -> Tensor:
+    """The largest singular value of each matrix, at most 25% too large: [batch].
+
+    Ten pairs of products with a vector find it from below; a quarter is added, since the safeguard needs a
+    bound from above, and the Frobenius norm, a true bound, is the most that is returned. The start is a fixed
+    vector without structure, so that no random numbers are drawn.
+    """
+    index = torch.arange(1, matrices.shape[-1] + 1, dtype=torch.float64, device=matrices.device)
+    start = (index * 0.6180339887498949).frac() - 0.5
+    vector = start.to(matrices.dtype)[None, :, None].expand(matrices.shape[0], -1, 1)
+    for _ in range(_SPECTRAL_PAIRS):
+        vector = matrices.mT @ _unit(matrices @ vector)
+    found = torch.linalg.vector_norm(vector, dim=(1, 2))
+    return torch.minimum(_SPECTRAL_MARGIN * found, frobenius_norm(matrices))
+
+
+GUARDS: dict[str, Callable[[Tensor], Tensor]] = {"frobenius": frobenius_norm, "spectral": spectral_bound}
+
+
+def newton_step(matrices: Tensor, inverses: Tensor, *, guard: str) -> Tensor:
+    """One step towards the inverse: ((1 + al) I - al T) B with T = B M.
+
+    al = 1 (Newton-Schulz: the error I - T is squared) where the norm of I - T is below 1, else 1 / norm of T,
+    which lets every eigenvalue of T move towards 1 and never past it. guard: the norm, a name of `GUARDS`.
+    methods.md 5.3 and 5.4, supplement of the paper, equation (1).
+    """
+    norm = GUARDS[guard]
+    product = inverses @ matrices
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    rate = torch.where(norm(eye - product) >= 1, 1 / norm(product), 1.0)[:, None, None]
+    return ((1 + rate) * eye - rate * product) @ inverses
+
+
+def newton_inverse(matrices: Tensor, last: Tensor, *, steps: int, guard: str) -> Tensor:
+    """Inverse by this many steps from `last`."""
+    inverses = last
+    for _ in range(steps):
+        inverses = newton_step(matrices, inverses, guard=guard)
+    return inverses
+
+
+def exact_inverse(matrices: Tensor) -> Tensor:
+    """Inverse by LU; NaN for a matrix that is singular or not finite (LAPACK does not see the latter)."""
+    finite = torch.isfinite(matrices).flatten(1).all(1)
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    safe = torch.where(finite[:, None, None], matrices, eye)
+    inverses, info = torch.linalg.inv_ex(safe)
+    return torch.where((finite & (info == 0))[:, None, None], inverses, torch.nan)
+
+
+def symmetrised(matrices: Tensor) -> Tensor:
+    """Half the sum with the transpose, which rounding makes differ."""
+    return 0.5 * (matrices + matrices.mT)
+
+
+def kept_where_not_finite(new: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """New matrices, the last one where the new is not finite, and how often (0-dim, on the device)."""
+    finite = torch.isfinite(new).flatten(1).all(1)
+    return torch.where(finite[:, None, None], new, last), (~finite).sum()
