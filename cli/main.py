@@ -98,9 +98,15 @@ def transform(
 
 
 @app.command()
-def methods(no_color: NoColor = False) -> None:
-    """List the curvature methods with their default settings."""
-    show_methods(METHODS, make_console(no_color=no_color))
+def methods(
+    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON and nothing else.")] = False,
+    no_color: NoColor = False,
+) -> None:
+    """List the curvature methods: paper, what they store and cost per layer, default settings."""
+    if json:
+        typer.echo(report.methods_json(METHODS))
+    else:
+        show_methods(METHODS, make_console(no_color=no_color))
 
 
 def _plan(target: str, *, method: str, fisher: Any, sharing: Any, exclude: list[str] | None) -> Plan:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from kfac_fx.contracts import DampedMethod, Method
 from kfac_fx.errors import CaptureError, NonFiniteLossError, OptimizerMismatchError, StateError
-from kfac_fx.quadratic import Derivative, Forward, Vector, combination, dot, gram, minimiser
+from kfac_fx.forward import Derivative, Forward, Vector
+from kfac_fx.quadratic import combination, dot, gram, minimiser
 from kfac_fx.types import QuadraticSettings
 
 Snapshot = tuple[float, dict[str, Tensor], float | None]

@@ -17,9 +17,9 @@ from torch.fx import GraphModule
 from kfac_fx import guards
 from kfac_fx.contracts import Plan
 from kfac_fx.curvature import Curvature, Key
+from kfac_fx.forward import Forward
 from kfac_fx.instrument import VARIANTS, Program, Variant, instrument
 from kfac_fx.lower import lower, mutated_placeholders
-from kfac_fx.quadratic import Forward
 
 
 @final

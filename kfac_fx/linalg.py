@@ -142,7 +142,8 @@ def eigendecompositions(factors: Sequence[Tensor], *, last: Sequence[Tensor]) ->
         matrices = torch.cat([factors[i] for i in indices]).double()
         basis, failed = _eigenvectors(matrices)
         basis = torch.where(failed[:, None, None], torch.cat([bases[i] for i in indices]), basis)
-        found = ((matrices @ basis) * basis).sum(-2).clamp(min=0)
+        found = ((matrices @ basis) * basis).sum(-2)
+        found = torch.where(torch.isfinite(found).all(-1, keepdim=True), found.clamp(min=0), torch.nan)
         kept += int(failed.sum())
         sizes = [factors[i].shape[0] for i in indices]
         for i, q, eigenvalues in zip(indices, basis.split(sizes), found.split(sizes), strict=True):

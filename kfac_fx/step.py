@@ -24,11 +24,11 @@ from kfac_fx.compiled import Compiled, Graphs
 from kfac_fx.contracts import DampedMethod, Method, Plan
 from kfac_fx.curvature import Curvature
 from kfac_fx.errors import KfacFxError
+from kfac_fx.forward import forward_program
 from kfac_fx.functions import precondition_function
 from kfac_fx.instrument import Variant
 from kfac_fx.lower import execution, resolve_backend
 from kfac_fx.pending import Pending
-from kfac_fx.quadratic import forward_program
 from kfac_fx.trace import trace
 from kfac_fx.types import Fisher, LossFn, Sharing
 

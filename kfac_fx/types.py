@@ -246,9 +246,9 @@ class FactorSpec:
 
     side: "A", "G", "F", or "S" for what belongs to both sides. dim: side length of the square factor (or
     length of the vector). columns: of a thin factor, else None. count: number of such factors (groups,
-    channels). bytes: of its statistics, inverses and all else in the state. flops_*: floating point
-    operations each time that phase runs (one multiply-add counts 2). form: how the statistics are computed,
-    in words. shared_with: key of the layer that owns the factor when this layer only reads it.
+    channels). bytes: of its statistics, inverses and all else in the state that no other layer owns. flops_*:
+    floating point operations each time that phase runs (one multiply-add counts 2). form: how the statistics
+    are computed, in words. shared_with: key of the layer that owns the factor when this layer only reads it.
     """
 
     owner: str

@@ -121,7 +121,7 @@ def test_methods_lists_every_method_with_its_schedule() -> None:
 
 
 def test_an_unknown_method_gets_a_proposal() -> None:
-    assert "Did you mean 'kfac'?" in error_of("inspect", COVERED, "--method", "kfca")
+    assert "Did you mean 'kfac'?" in error_of("inspect", COVERED, "--method", "kfacs")
 
 
 @pytest.mark.parametrize("option", ["--fisher", "--sharing"])

@@ -21,7 +21,7 @@ LAYERS = (
     ("passes", "layers", "methods"),
     ("record", "assemble"),
     ("capture", "match"),
-    ("plan", "functions"),
+    ("plan", "functions", "forward"),
     ("trace", "instrument", "curvature", "guards", "quadratic"),
     ("lower", "check", "pending", "adaptive"),
     ("compiled",),

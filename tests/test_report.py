@@ -202,7 +202,11 @@ def test_a_shared_factor_is_counted_once(plan: Plan) -> None:
     borrowed = [factor for factor in plan.factors if factor.shared_with]
     assert len(borrowed) == 6, "k and v of three blocks read what q reads"
     sums = rows.totals(plan).cost
-    assert sums.state_bytes == sum(factor.bytes for factor in plan.factors if not factor.shared_with)
+    whole = {factor.owner: factor.bytes for factor in plan.factors if factor.side == "A"}
+    for factor in borrowed:
+        assert factor.shared_with is not None and factor.flops_statistics == 0
+        assert factor.bytes * 2 == whole[factor.shared_with], "A is the owner's, its inverse is each layer's"
+    assert sums.state_bytes == sum(factor.bytes for factor in plan.factors)
     assert sums.apply == sum(factor.flops_apply for factor in plan.factors)
     assert text.SHARED_NOTE in report.render(plan)
 
@@ -310,7 +314,8 @@ def test_the_document_is_plain_sorted_and_free_of_paths(plan: Plan) -> None:
 
 
 def test_the_document_names_settings_and_loss(plan: Plan, document: dict[str, Any]) -> None:
-    assert document["method"] == {"name": "kfac", "hyperparameters": dataclasses.asdict(plan.method)}
+    settings = dataclasses.asdict(plan.method) | {"damping_bounds": [1e-8, "inf"]}
+    assert document["method"] == {"name": "kfac", "hyperparameters": settings}
     assert (document["fisher"], document["sharing"]) == ("empirical", "expand")
     assert document["loss"]["kind"] == "cross_entropy" and document["model"] == "TinyGPT"
 

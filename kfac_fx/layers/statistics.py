@@ -131,7 +131,7 @@ class MatchStatistics:
     def _squares_of_pass(
         self, number: int, input_basis: Tensor | None, output_basis: Tensor | None
     ) -> Tensor:
-        if self.structure == "diagonal":
+        if self.structure == "diagonal" and not self.match.tied:
             lookups = []
             for values in self.uses:
                 assert values.a is not None
@@ -141,8 +141,22 @@ class MatchStatistics:
             return rows.squared_projections_of_indices(
                 lookups, output_basis, size=self.match.d_in, padding_idx=padding_idx
             )
-        pairs = [(self._input_rows(values), self._scaled(values, values.g[number])) for values in self.uses]
+        pairs = [self._factors_of_gradients(values, number) for values in self.uses]
         return rows.squared_projections(pairs, input_basis, output_basis, bias=self.match.bias is not None)
+
+    def _factors_of_gradients(self, values: UseValues, number: int) -> tuple[gram.InputRows, Tensor]:
+        """Rows whose products are the gradients: (a, g), or (g, a) of a use of opposite orientation."""
+        g_rows = self._scaled(values, values.g[number])
+        if values.use.options.get("swapped", False):
+            return gram.InputRows(rows=g_rows, ones=False), self._input_rows(values).rows
+        if self.structure != "diagonal":
+            return self._input_rows(values), g_rows
+        assert values.a is not None
+        index = self._kind(values.use).input_rows(values.use, values.a, values.operands)
+        words = torch.arange(self.match.d_in, device=index.device)
+        words = torch.where(words == values.use.options["padding_idx"], -1, words)
+        hot = index.reshape(*g_rows.shape[:3], 1) == words
+        return gram.InputRows(rows=hot.to(g_rows.dtype), ones=False), g_rows
 
     def channel_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and second moment of a convolution's input channels."""

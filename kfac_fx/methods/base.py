@@ -24,8 +24,9 @@ class KroneckerFactored:
 
     decay: weight of the old average per statistics update. statistics_every, inverse_every: steps.
     max_factor_dim: larger layers are left to the optimizer.
-    stored, costs: for the table of `kfac-fx methods`, in d_A, d_G, rows n and columns m (methods.md 16.6):
-    what the state of a layer holds, in elements; FLOPs of statistics, refresh and apply each time they run.
+    paper, stored, costs: for the table of `kfac-fx methods`. What the state of a layer holds and its number
+    of elements; FLOPs of statistics, refresh and apply each time they run: in d_A, d_G, rows n and columns m
+    (methods.md 16.6), for the default settings.
     """
 
     decay: float = 0.95
@@ -34,6 +35,7 @@ class KroneckerFactored:
     max_factor_dim: int = 8192
 
     name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
     stored: ClassVar[str] = ""
     costs: ClassVar[tuple[str, str, str]] = ("", "", "")
     shared_names: ClassVar[frozenset[str]] = frozenset({"A"})
@@ -182,7 +184,8 @@ def spec(
     """The record of one side. Its bytes are those of the tensors that `init` allocates under names that start
     with `side`; what `shared_names` leaves to another layer counts there.
 
-    statistics, refresh, apply: FLOPs each time the phase runs. A shared statistic costs its owner alone.
+    statistics, refresh, apply: FLOPs each time the phase runs. A shared statistic costs its owner alone, and
+    so does a refresh if all that it changes is shared.
     """
     state = method.init(match, dtype=dtype, device=torch.device("meta"))
     borrowed = match.shared_a if side == "A" and match.shared_a != match.key else None
@@ -200,7 +203,7 @@ def spec(
         dtype=dtype,
         bytes=sum(t.numel() * t.dtype.itemsize for t in owned),
         flops_statistics=0 if borrowed and side in method.shared_names else statistics,
-        flops_refresh=refresh,
+        flops_refresh=refresh if owned else 0,
         flops_apply=apply,
         form=form or statistics_form(match, side),
         shared_with=borrowed if borrowed and side in method.shared_names else None,

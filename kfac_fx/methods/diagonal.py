@@ -26,8 +26,7 @@ class Diagonal(KroneckerFactored):
     0: none, and no step where S is zero. decay: weight of the old average per statistics update.
     statistics_every: steps. inverse_every: 0, since nothing is inverted. kl_clip: bound on lr^2 <V, grad>,
     None for no bound. `sharing` has no influence. max_factor_dim: larger layers are left to the optimizer;
-    there is no dense factor, so that the default excludes nothing. Weights that are also used transposed are
-    left to it too.
+    there is no dense factor, so that the default excludes nothing.
     """
 
     damping: float = 0.03
@@ -36,6 +35,7 @@ class Diagonal(KroneckerFactored):
     max_factor_dim: int = 2**31
 
     name: ClassVar[str] = "diagonal"
+    paper: ClassVar[str] = "Kunstner, Balles & Hennig 2019 (arXiv:1905.12558)"
     stored: ClassVar[str] = "S: d_A d_G"
     costs: ClassVar[tuple[str, str, str]] = ("2 n d_A d_G", "none", "d_A d_G")
     shared_names: ClassVar[frozenset[str]] = frozenset()
@@ -51,12 +51,6 @@ class Diagonal(KroneckerFactored):
     def inverse_free(self) -> bool:
         """Yes."""
         return True
-
-    def refuses(self, match: LayerMatch) -> str | None:
-        """Weights that are also used transposed: their squares are not projected."""
-        if match.tied:
-            return "diagonal has no per-example squares for a weight that is also used transposed"
-        return None
 
     def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:
         """Zeros (the moving average is bias-corrected)."""

@@ -27,7 +27,7 @@ from kfac_fx.methods.base import (
 )
 from kfac_fx.methods.damping import damped_blocks
 from kfac_fx.methods.eigenbasis import decomposed, eigen_flops, outer, solved_in_basis
-from kfac_fx.methods.kfac import solved_blocks
+from kfac_fx.methods.kfac import joined_sides, solved_blocks
 from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
 
 
@@ -50,9 +50,10 @@ class EKFAC(KroneckerFactored):
     inverse_every: int = 100
 
     name: ClassVar[str] = "ekfac"
+    paper: ClassVar[str] = "George et al. 2018 (arXiv:1806.03884)"
     stored: ClassVar[str] = "A, G, their eigenvectors and S: 2 (d_A^2 + d_G^2) + d_A d_G"
     costs: ClassVar[tuple[str, str, str]] = (
-        "2 n (d_A^2 + d_G^2) + 2 n (d_A^2 + d_G^2 + d_A d_G)",
+        "4 n (d_A^2 + d_G^2) + 2 n d_A d_G",
         "9 (d_A^3 + d_G^3)",
         "4 d_A d_G (d_A + d_G)",
     )
@@ -64,12 +65,6 @@ class EKFAC(KroneckerFactored):
         self._check("scale_decay", 0 <= self.scale_decay < 1, "must lie in [0, 1)")
         clips = self.kl_clip is None or self.kl_clip > 0
         self._check("kl_clip", clips, "must be positive, or None for no clipping")
-
-    def refuses(self, match: LayerMatch) -> str | None:
-        """Weights that are also used transposed: their squares are not projected."""
-        if match.tied:
-            return "ekfac has no per-example squares for a weight that is also used transposed"
-        return None
 
     def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:
         """Zero factors and identity bases, none for a diagonal A; S is zero. Blocks as in K-FAC."""
@@ -113,7 +108,7 @@ class EKFAC(KroneckerFactored):
             key: {"F_inverse": damped_blocks("tikhonov", self.damping, f)} for key, f in blocks.items()
         }
         rest = {key: state for key, state in states.items() if key not in blocks}
-        changed, refreshed = decomposed({key: (s["A"], s["G"]) for key, s in rest.items()}, rest)
+        changed, refreshed = decomposed({key: joined_sides(s) for key, s in rest.items()}, rest)
         for key, tensors in changed.items():
             scale = outer(tensors.pop("G_eigenvalues"), tensors.pop("A_eigenvalues"))
             new[key] = tensors | {"S": torch.where(torch.isfinite(scale).all(), scale, rest[key]["S"])}

@@ -39,6 +39,7 @@ class FOOF(KroneckerFactored):
     damping: float = 0.03
 
     name: ClassVar[str] = "foof"
+    paper: ClassVar[str] = "Benzing 2022 (arXiv:2201.12250)"
     stored: ClassVar[str] = "A and its inverse: 2 d_A^2"
     costs: ClassVar[tuple[str, str, str]] = ("2 n d_A^2", "d_A^3", "2 d_A^2 d_G")
     shared_names: ClassVar[frozenset[str]] = frozenset({"A", "A_inverse"})

@@ -65,6 +65,7 @@ class KFAC(KroneckerFactored):
     damping_bounds: tuple[float, float] = (1e-8, math.inf)
 
     name: ClassVar[str] = "kfac"
+    paper: ClassVar[str] = "Martens & Grosse 2015 (arXiv:1503.05671)"
     stored: ClassVar[str] = "A, G and their inverses: 2 (d_A^2 + d_G^2)"
     costs: ClassVar[tuple[str, str, str]] = (
         "2 n (d_A^2 + d_G^2)",

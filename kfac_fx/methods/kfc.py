@@ -36,6 +36,7 @@ class KFC(KFAC):
     spatially_uncorrelated_activations: bool = False
 
     name: ClassVar[str] = "kfc"
+    paper: ClassVar[str] = "Grosse & Martens 2016 (arXiv:1602.01407)"
     shared_names: ClassVar[frozenset[str]] = KFAC.shared_names | {"A_channels", "A_mean"}
 
     def __post_init__(self) -> None:

@@ -75,6 +75,13 @@ class NKFAC(KroneckerFactored):
     guard: str = "frobenius"
 
     name: ClassVar[str] = "nkfac"
+    paper: ClassVar[str] = "Sun, Yong & Zhang 2023 (ECML-PKDD)"
+    stored: ClassVar[str] = "A, G and their inverses: 2 (d_A^2 + d_G^2)"
+    costs: ClassVar[tuple[str, str, str]] = (
+        "2 n (d_A^2 + d_G^2)",
+        "4 (d_A^3 + d_G^3) + 40 (d_A^2 + d_G^2)",
+        "2 d_A d_G (d_A + d_G)",
+    )
     shared_names: ClassVar[frozenset[str]] = frozenset({"A", "A_inverse"})
 
     def __post_init__(self) -> None:

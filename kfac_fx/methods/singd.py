@@ -45,6 +45,7 @@ class SINGD(KroneckerFactored):
     inverse_every: int = 0
 
     name: ClassVar[str] = "singd"
+    paper: ClassVar[str] = "Lin, Dangel, Eschenhagen et al. 2023 (arXiv:2312.05705)"
     stored: ClassVar[str] = "K, C and their momenta: 2 (d_A^2 + d_G^2)"
     costs: ClassVar[tuple[str, str, str]] = (
         "2 n (d_A^2 + d_G^2) + 8 (d_A^3 + d_G^3)",

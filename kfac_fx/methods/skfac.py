@@ -61,6 +61,7 @@ class SKFAC(KroneckerFactored):
     inverse_every: int = 834
 
     name: ClassVar[str] = "skfac"
+    paper: ClassVar[str] = "Tang et al. 2021 (CVPR)"
     stored: ClassVar[str] = "rows of A and G and their Z: 2 m (d_A + d_G); dense as kfac where m >= d"
     costs: ClassVar[tuple[str, str, str]] = (
         "n (d_A + d_G)",

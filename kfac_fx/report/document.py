@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,7 +53,18 @@ def _version() -> str:
 
 def _hyperparameters(method: Method) -> dict[str, Any]:
     assert dataclasses.is_dataclass(method) and not isinstance(method, type), "a method is a dataclass"
-    return dataclasses.asdict(method)
+    return plain(dataclasses.asdict(method))
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: lists for tuples, a string for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def _totals(sums: Totals, coverage: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From a `Plan` to the rows and totals that every report shows.
 
 Enters: a plan. Leaves: records of plain numbers and strings, so that text, terminal and JSON agree. Layers
-that differ only in one integer of their path share a row; a factor that a layer borrows counts at its owner.
+that differ only in one integer of their path share a row; what a layer borrows counts at its owner.
 """
 
 from __future__ import annotations
@@ -89,13 +89,12 @@ class Totals:
 
 
 def cost_of(factors: Iterable[FactorSpec]) -> Cost:
-    """Sum over factors. A borrowed factor costs its owner everything but the work of applying it."""
+    """Sum over factors. A layer that borrows A counts what it owns: the inverse, if that is not shared."""
     everything = tuple(factors)
-    own = [f for f in everything if f.shared_with is None]
     return Cost(
-        state_bytes=sum(f.bytes for f in own),
-        statistics=sum(f.flops_statistics for f in own),
-        inversion=sum(f.flops_refresh for f in own),
+        state_bytes=sum(f.bytes for f in everything),
+        statistics=sum(f.flops_statistics for f in everything),
+        inversion=sum(f.flops_refresh for f in everything),
         apply=sum(f.flops_apply for f in everything),
     )
 

@@ -6,11 +6,10 @@ is never cut.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -19,9 +18,20 @@ from rich.text import Text
 
 from kfac_fx.contracts import Plan
 from kfac_fx.report import text
+from kfac_fx.report.methods import (
+    NOTATION,
+    SCHEDULE,
+    MethodRow,
+    method_rows,
+    settings_text,
+    value_text,
+)
 from kfac_fx.report.rows import forward_order, totals
 
 _STYLES = {"layer": "bold", "kind": "cyan", "A": "dark_cyan", "G": "dark_goldenrod", "source": "dim"}
+_METHOD_STYLES = {"paper": "dim", "stored": "cyan"}
+_PHASES = ("statistics", "refresh", "apply")
+_LEAST_FOR_FORMULAS = 80
 _CUT_ORDER = ("apply", "invert")
 _SHORTEST_SOURCE = 16
 _WIDTH_OF_A_PIPE = 200
@@ -59,22 +69,58 @@ def show(plan: Plan, console: Console, *, skipped: bool = False, layer: str | No
         _print(console, text.cost_line(totals(plan)), style="bold")
 
 
-def show_methods(methods: Mapping[str, type], console: Console) -> None:
-    """Print one line per method: its schedule and damping by default, and the paper it comes from."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    settings = ("statistics_every", "inverse_every", "damping", "decay")
-    table.add_column("name", style="bold", no_wrap=True)
-    for setting in settings:
-        table.add_column(setting.replace("_", " "), justify="right")
-    table.add_column("what it is")
-    table.add_column("paper", style="dim")
-    for name, method in methods.items():
-        defaults = dataclasses.asdict(method())
-        summary = (method.__doc__ or "").strip().split("\n", 1)[0]
-        table.add_row(
-            name, *(str(defaults.get(setting, "-")) for setting in settings), summary, _paper(method)
-        )
-    console.print(table)
+def show_methods(methods: Mapping[str, type[Any]], console: Console) -> None:
+    """Print what each method is, stores and costs per layer, and its default settings."""
+    rows = method_rows(methods)
+    sections: tuple[tuple[tuple[str, ...], list[tuple[str, ...]]], ...] = (
+        (("what it is", "paper"), [(row.summary, row.paper) for row in rows]),
+        (("stored", *_PHASES), [_costs(row) for row in rows]),
+        ((*SCHEDULE, "base optimizer"), [_schedule(row) for row in rows]),
+        (("other settings",), [(settings_text(row.others),) for row in rows]),
+    )
+    longest = max(len(row.name) for row in rows)
+    fits = not console.is_terminal or console.width >= _LEAST_FOR_FORMULAS
+    for columns, cells in sections:
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("method", style="bold", no_wrap=True, min_width=longest)
+        for index, column in enumerate(columns):
+            table.add_column(
+                column.replace("_", " "),
+                justify="right" if column in SCHEDULE else "left",
+                style=_METHOD_STYLES.get(column, ""),
+                overflow="fold",
+                width=_formula_width([line[index] for line in cells]) if fits and column in _PHASES else None,
+            )
+        for row, line in zip(rows, cells, strict=True):
+            table.add_row(row.name, *(Text(cell) for cell in line))
+        console.print(table)
+        console.print()
+    console.print(Text(NOTATION, style="dim"))
+
+
+def _costs(row: MethodRow) -> tuple[str, ...]:
+    names, _, rest = row.stored.partition(": ")
+    formula, _, note = rest.partition("; ")
+    stored = "\n".join(filter(None, (names, unbroken(formula), note)))
+    costs = (row.statistics, row.refresh, row.apply)
+    return (stored, *(unbroken(cost).replace(" + ", "\n+ ") for cost in costs))
+
+
+def _formula_width(cells: Sequence[str]) -> int:
+    return max(len(line) for cell in cells for line in cell.split("\n"))
+
+
+def _schedule(row: MethodRow) -> tuple[str, ...]:
+    """The settings of `SCHEDULE`, a dash for those without effect; the base optimizer."""
+    cells = [value_text(row.defaults.get(name) or "-") for name in SCHEDULE]
+    return *cells, f"{row.optimizer}: {settings_text(row.optimizer_settings)}"
+
+
+def unbroken(formula: str) -> str:
+    """`2 n (d_A + d_G) + m` as `2n(d_A+d_G) + m`, so that a narrow cell breaks between terms only."""
+    tight = re.sub(r"\([^()]*\)", lambda bracket: bracket[0].replace(" + ", "+"), formula)
+    tight = re.sub(r"(?<![\w^])(\d+) (?=[a-z(])|(?<=\w) (?=\()", r"\1", tight)
+    return re.sub(r"(?<=\w) (?=[a-z])", "*", tight)
 
 
 def fitting_columns(cells: Sequence[Sequence[str]], *, width: int) -> dict[str, int]:
@@ -109,10 +155,3 @@ def _print_table(console: Console, cells: Sequence[Sequence[str]]) -> None:
 def _print(console: Console, line: str, *, style: str = "") -> None:
     """One line as it is: no markup, no guessing of colours, wrapped by the terminal only."""
     console.print(Text(line, style=style), soft_wrap=True, highlight=False)
-
-
-def _paper(method: type) -> str:
-    """The first work that the docstring of the method, or of its module, cites with an arXiv number."""
-    documents = (method.__doc__ or "", sys.modules[method.__module__].__doc__ or "")
-    cited = re.search(r"[^.;:()]+ \(?arXiv:[\w.]+\w\)?", " ".join("\n".join(documents).split()))
-    return cited[0].strip() if cited else ""

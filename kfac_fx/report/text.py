@@ -20,7 +20,7 @@ SOURCE_WIDTH = 48
 GAP = "  "
 ADVICE_MARK = "->"
 SKIPPED_TITLE = "skipped (plain gradient, no preconditioner)"
-SHARED_NOTE = "* the same tensor as another layer's input: one A, stored, computed and inverted once"
+SHARED_NOTE = "* the same tensor as another layer's input: one A, stored and computed once"
 
 
 def render(plan: Plan) -> str:
@@ -195,7 +195,7 @@ def _cells(row: LayerRow) -> list[str]:
 
 
 def _size(factor: FactorSpec) -> str:
-    """`65^2`: a square factor; `8x9^2`: eight of them; `1000`: a vector; `65/32`: 32 thin columns of length 65.
+    """`65^2`: a square factor; `8x9^2`: eight of them; `1000`: a vector; `65/32`: 32 columns of length 65.
 
     A star marks a shared one.
     """

@@ -49,12 +49,15 @@ EVALUATE_EVERY = 10
 SCHEDULE = {"statistics_every": 5, "inverse_every": 20}
 SCHEDULE_OF = {"skfac": {"statistics_every": 20, "inverse_every": 20}}
 FIRST_ORDER = ("sgd", "adamw", "muon")
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"kfac-unclipped": ("kfac", {"kl_clip": None})}
 LOSS_FN = nn.CrossEntropyLoss()
 LR_GRIDS = {
     "sgd": (0.01, 0.03, 0.1, 0.3, 1.0),
     "adamw": (0.001, 0.003, 0.01, 0.03, 0.1),
     "muon": (0.001, 0.003, 0.01, 0.03, 0.1),
     "adankfac": (0.001, 0.003, 0.01, 0.03, 0.1),
+    "kfac": (0.001, 0.003, 0.01, 0.03, 0.1),
+    "kfac-unclipped": (0.001, 0.003, 0.01, 0.03, 0.1),
     "skfac": (0.001, 0.003, 0.01, 0.03, 0.1),
 }
 OTHER_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -107,6 +110,11 @@ class Trial:
         """Loss at the last evaluation."""
         return self.losses[-1]
 
+    @property
+    def settled_loss(self) -> float:
+        """Median of the last three evaluations, which BatchNorm's running averages make noisy."""
+        return math.inf if math.isinf(self.losses[-1]) else statistics.median(self.losses[-3:])
+
 
 @final
 class Muon:
@@ -139,9 +147,9 @@ class Muon:
 
 
 def contenders() -> tuple[str, ...]:
-    """Every method of the library, and the first-order optimizers that this torch has."""
+    """Every method of the library, its variants, and the first-order optimizers that this torch has."""
     known = FIRST_ORDER if hasattr(torch.optim, "Muon") else FIRST_ORDER[:2]
-    return (*METHODS, *known)
+    return (*METHODS, *VARIANTS, *known)
 
 
 def lr_grid(contender: str) -> tuple[float, ...]:
@@ -151,18 +159,19 @@ def lr_grid(contender: str) -> tuple[float, ...]:
 
 def make_method(setting: Setting) -> Any:
     """The method with its published settings, the schedule of this task and the damping that is asked for."""
-    method = METHODS[setting.contender]()
-    schedule = SCHEDULE_OF.get(setting.contender, SCHEDULE)
+    name, changes = VARIANTS.get(setting.contender, (setting.contender, {}))
+    schedule = SCHEDULE_OF.get(name, SCHEDULE)
+    method = METHODS[name]()
     if not method.inverse_every:
         schedule = {**schedule, "inverse_every": 0}
-    method = replace(method, **schedule)
+    method = replace(method, **schedule, **changes)
     return method if setting.damping is None else replace(method, damping=setting.damping)
 
 
 def make_step(setting: Setting, model: nn.Module) -> tuple[Step, tuple[int, int]]:
     """The training step, and every how many steps it takes statistics and refreshes (0: never)."""
     parameters = list(model.parameters())
-    if setting.contender in METHODS:
+    if setting.contender not in FIRST_ORDER:
         method = make_method(setting)
         optimizer = method.base_optimizer(parameters)
         for group in optimizer.param_groups:
