@@ -26,19 +26,36 @@ def input_rows(
 ) -> Tensor:
     """X with X^T X = A of `gram.input_moment`: [groups, m, d(+1)].
 
-    reduced: the mean over positions, m = N. Else m = N T summed over the uses; with `positions` (one index
-    tensor per use) only those positions are kept and the weight is that of as many examples, so that the
-    average over all choices of positions is A.
+    reduced: the mean over positions, m = N, of all rows (`kept` is not read). Else m = N T summed over the
+    uses; with `positions` (one index tensor per use) only those positions are kept and the weight is that of
+    as many examples, so that the average over all choices of positions is A.
     """
-    extended = [_with_ones(use, bias=bias) for use in uses]
     if reduced:
-        num, total = extended[0].shape[1], sum(rows.shape[2] for rows in extended)
-        mean = sum(rows.sum(2) for rows in extended) / total
-        return mean * num**-0.5  # type: ignore[operator]
-    count = sum((_count(use) for use in uses[1:]), start=_count(uses[0]))
-    chosen = _chosen(extended, positions)
-    scale = count**-0.5
-    return torch.cat([rows.flatten(1, 2) for rows in chosen], 1) * scale
+        return _position_means(uses, bias=bias)
+    scale = sum((_count(use) for use in uses[1:]), start=_count(uses[0])) ** -0.5
+    if positions is not None:
+        shares = [use.rows.shape[2] / index.shape[0] for use, index in zip(uses, positions, strict=True)]
+        uses = [_at(use, index) for use, index in zip(uses, positions, strict=True)]
+        extended = [_with_ones(use, bias=bias) * n**0.5 for use, n in zip(uses, shares, strict=True)]
+    else:
+        extended = [_with_ones(use, bias=bias) for use in uses]
+    return torch.cat([rows.flatten(1, 2) for rows in extended], 1) * scale
+
+
+def _position_means(uses: Sequence[InputRows], *, bias: bool) -> Tensor:
+    total = sum(use.rows.shape[2] for use in uses)
+    sums = [_wide(use.rows).sum(2) for use in uses]
+    mean = sum(sums[1:], start=sums[0]) / total
+    if bias:
+        share = sum(use.rows.shape[2] for use in uses if use.ones) / total
+        mean = torch.cat([mean, torch.full_like(mean[..., :1], share)], -1)
+    return mean * mean.shape[1] ** -0.5
+
+
+def _at(use: InputRows, index: Tensor) -> InputRows:
+    """The rows at some positions alone."""
+    kept = None if use.kept is None else use.kept.index_select(1, index)
+    return InputRows(rows=use.rows.index_select(2, index), ones=use.ones, kept=kept)
 
 
 def output_rows(
@@ -55,18 +72,13 @@ def output_rows(
     rows = [_wide(use) for use in uses]
     if reduced:
         flat = torch.cat([use.sum(2) for use in rows], 1)
+    elif positions is None:
+        flat = torch.cat([use.flatten(1, 2) for use in rows], 1)
     else:
-        flat = torch.cat([use.flatten(1, 2) for use in _chosen(rows, positions)], 1)
+        pairs = zip(rows, positions, strict=True)
+        chosen = [use.index_select(2, index) * (use.shape[2] / index.shape[0]) ** 0.5 for use, index in pairs]
+        flat = torch.cat([use.flatten(1, 2) for use in chosen], 1)
     return flat * inverse_scale.to(flat.dtype).sqrt()
-
-
-def _chosen(rows: Sequence[Tensor], positions: Sequence[Tensor] | None) -> list[Tensor]:
-    if positions is None:
-        return list(rows)
-    return [
-        use.index_select(2, index) * (use.shape[2] / index.shape[0]) ** 0.5
-        for use, index in zip(rows, positions, strict=True)
-    ]
 
 
 def _with_ones(use: InputRows, *, bias: bool) -> Tensor:

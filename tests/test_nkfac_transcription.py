@@ -87,10 +87,10 @@ def start(method: Method, plain: PlainNKFAC) -> Run:
     return Run(step, plain, gradients)
 
 
-def worst(run: Run, loss: str, *, steps: int = STEPS) -> dict[str, float]:
+def worst(run: Run, loss: str) -> dict[str, float]:
     """Largest difference of each quantity over all steps."""
     found: dict[str, float] = {}
-    for x, y in batches(loss)[:steps]:
+    for x, y in batches(loss):
         ours, theirs = run.step(x, y), run.plain.step(x, y)
         now = {**run.differences(), "loss": abs(float(ours - theirs)) / float(theirs)}
         found = {what: max(error, found.get(what, 0.0)) for what, error in now.items()}
@@ -121,5 +121,5 @@ def test_adankfac_equals_the_plain_transcription_at_every_step(loss: str) -> Non
 @pytest.mark.parametrize("without", ["safeguard", "recovery", "robust_start"])
 def test_a_transcription_without_one_of_the_parts_differs(without: str) -> None:
     plain = PlainNKFAC(network(), F.cross_entropy, **SCHEDULE, **{without: False})
-    errors = worst(start(kfac_fx.NKFAC(**SCHEDULE), plain), "cross_entropy", steps=15)
-    assert not max(errors["direction"], errors["weights"]) < 1e-3, errors
+    errors = worst(start(kfac_fx.NKFAC(**SCHEDULE), plain), "cross_entropy")
+    assert not max(errors["G_inverse"], errors["direction"]) < 1e-6, errors

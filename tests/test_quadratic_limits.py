@@ -120,7 +120,9 @@ def test_losses_of_unknown_curvature_are_refused() -> None:
     model = mlp()
     unknown: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "it is none of them": lambda f, y: f.abs().mean(),
-        "other terms beside them.*l2=eta": lambda f, y: F.cross_entropy(f, y) + model[0].weight.square().sum(),
+        "other terms beside them.*l2=eta": lambda f, y: (
+            F.cross_entropy(f, y) + model[0].weight.square().sum()
+        ),
     }
     for message, loss_fn in unknown.items():
         step = kfac_fx.compile(model, loss_fn, method=METHOD, backend="eager")

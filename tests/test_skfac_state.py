@@ -98,12 +98,11 @@ def test_accumulated_parts_equal_the_dense_formula_of_the_whole(parts: tuple[int
     assert step.state_dict()["curvature"]["7.weight"]["A_rows"].shape[1] == sum(parts)
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_a_state_that_grew_is_saved_and_continues_bit_for_bit(backend: str, tmp_path: Any) -> None:
+def test_a_state_that_grew_is_saved_and_continues_bit_for_bit(tmp_path: Any) -> None:
     method = skfac(window=2, inverse_every=2)
     batches = [vectors(size) for size in (4, 9, 3, 9, 4, 3)]
     model = wide_net()
-    step = compiled(model, method, backend=backend)
+    step = compiled(model, method)
     for size in (2, 3):
         step.accumulate(*vectors(size))
     step.update()
@@ -113,22 +112,10 @@ def test_a_state_that_grew_is_saved_and_continues_bit_for_bit(backend: str, tmp_
     run_step(step, batches[3:])
     other = wide_net()
     other.load_state_dict(kept["model"])
-    again = compiled(other, method, backend=backend)
+    again = compiled(other, method)
     again.load_state_dict(kept["step"])
     run_step(again, batches[3:])
     assert differing(snapshot(other, again), snapshot(model, step)) == []
-
-
-@pytest.mark.parametrize("strategy", ["subsample", "receptive_field"])
-def test_the_compiled_graph_draws_the_same_positions(strategy: str) -> None:
-    method = skfac(strategy=strategy, positions=3, window=2, statistics_every=1, inverse_every=3)
-    model, batches = conv_net(), [images(3) for _ in range(6)]
-    ends = []
-    for backend in ("eager", "inductor"):
-        copy = twin(model)
-        run_step(compiled(copy, method, backend=backend, lr=0.01), batches)
-        ends.append(snapshot(copy))
-    assert all(relative_error(ends[0][name], ends[1][name]) < 1e-9 for name in ends[0])
 
 
 class Uses(nn.Module):
@@ -212,12 +199,12 @@ def test_a_factor_that_cannot_be_inverted_keeps_its_last_z_and_is_counted() -> N
     step = compiled(model, method)
     step(*vectors(4))
     state = step.state_dict()["curvature"]["0.weight"]
-    huge = torch.full_like(state["A_rows"], 1e120)
-    states = {"0.weight": state | {"A_rows": huge * float("inf")}, "1.weight": state}
+    huge = torch.full_like(state["A_rows"], float("inf"))
+    states = {"0.weight": state | {"A_rows": huge}, "1.weight": state}
     new, refreshed = method.refresh(states, counts=dict.fromkeys(states, 1))
     assert torch.equal(new["0.weight"]["A_z"], state["A_z"])
     assert torch.equal(new["0.weight"]["A_gamma"], state["A_gamma"])
-    assert int(refreshed.kept_last) >= 1
+    assert int(refreshed.kept_last) == 1
     assert relative_error(new["1.weight"]["A_z"], state["A_z"]) < 1e-6
 
 

@@ -7,6 +7,7 @@ whose window has no fewer columns than rows keeps them all, as the library's den
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -219,3 +220,18 @@ def test_thirty_steps_equal_the_transcription(case: str) -> None:
         assert relative_error(found.detach(), expected.detach()) < TOLERANCE
         assert relative_error(found.detach(), start[name]) > 0.01
     assert {"A_z", "A_gamma", "G_z" if settings["window"] == 1 else "G_inverse"} <= forms
+
+
+@pytest.mark.parametrize("change", [{"scale": "paper"}, {"damping_rule": "sqrt"}, {"window": 2}])
+def test_the_comparison_sees_every_setting(change: dict[str, Any]) -> None:
+    model, twin = ConvNet().double(), ConvNet().double()
+    twin.load_state_dict(model.state_dict())
+    reference = Reference(twin, damping=0.1, **CASES["recommended"])  # type: ignore[arg-type]
+    method = kfac_fx.SKFAC(damping=0.1, decay=DECAY, statistics_every=3, inverse_every=3, **change)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    step = kfac_fx.compile(model, F.cross_entropy, method=method, optimizer=optimizer, backend="eager")
+    for _ in range(4):
+        batch = torch.randn(3, 2, 6, 6, dtype=torch.float64), torch.randint(3, (3,))
+        step(*batch)
+        reference.step(*batch)
+    assert relative_error(model.first.weight.detach(), twin.first.weight.detach()) > 1e-5
