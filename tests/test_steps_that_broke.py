@@ -165,7 +165,7 @@ def test_a_step_that_fails_in_its_refresh_changes_nothing_and_the_next_one_works
     run_step(never, batches[:good_steps])
     before = snapshot(model, step if good_steps else None)
 
-    def out_of_memory(curvature: Curvature) -> None:
+    def out_of_memory(curvature: Curvature, method: object) -> None:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
@@ -183,7 +183,7 @@ def test_an_update_that_fails_can_be_repeated_and_counts_once(monkeypatch: pytes
     step, never = compiled(model, method=EVERY_STEP), compiled(other := twin(model), method=EVERY_STEP)
     batches = [batch() for _ in range(2)]
 
-    def out_of_memory(curvature: Curvature) -> None:
+    def out_of_memory(curvature: Curvature, method: object) -> None:
         raise RuntimeError("out of memory")
 
     for one in (step, never):
