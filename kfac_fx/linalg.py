@@ -117,8 +117,7 @@ def pseudo_inverses(factors: Sequence[Tensor], *, last: Sequence[Tensor]) -> Inv
         matrices, old = (torch.cat([part[i] for i in indices]) for part in (factors, last))
         basis, failed = _eigenvectors(matrices.double())
         values = ((matrices.double() @ basis) * basis).sum(-2)
-        cutoff = max(1e-10, matrices.shape[-1] * torch.finfo(matrices.dtype).eps)
-        usable = values > cutoff * values.amax(-1, keepdim=True)
+        usable = values > _cutoff(matrices) * values.amax(-1, keepdim=True)
         reciprocal = torch.where(usable, 1 / torch.where(usable, values, 1.0), 0.0)
         found = ((basis * reciprocal.unsqueeze(-2)) @ basis.mT).to(matrices.dtype)
         found = torch.where(failed[:, None, None], old, found)
@@ -141,6 +140,7 @@ def eigendecompositions(factors: Sequence[Tensor], *, last: Sequence[Tensor]) ->
     for indices in _alike(factors):
         matrices = torch.cat([factors[i] for i in indices]).double()
         basis, failed = _eigenvectors(matrices)
+        basis = _with_settled_null_space(matrices, basis, _cutoff(factors[indices[0]]))
         basis = torch.where(failed[:, None, None], torch.cat([bases[i] for i in indices]), basis)
         found = ((matrices @ basis) * basis).sum(-2)
         found = torch.where(torch.isfinite(found).all(-1, keepdim=True), found.clamp(min=0), torch.nan)
@@ -168,6 +168,30 @@ def _eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
         vectors, failed = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         return vectors, failed
     return vectors, ~finite | ~torch.isfinite(vectors).flatten(1).all(1)
+
+
+def _cutoff(factor: Tensor) -> float:
+    """Share of the largest eigenvalue below which one counts as zero: 1e-10, or the dtype's rounding."""
+    return max(1e-10, factor.shape[-1] * torch.finfo(factor.dtype).eps)
+
+
+def _with_settled_null_space(matrices: Tensor, basis: Tensor, cutoff: float) -> Tensor:
+    """The same eigenvectors, but in a null space (below `cutoff` of the largest) those of diag(1 .. d) there.
+
+    Any basis of a null space is right, so that rounding would choose it; what is measured later in that basis
+    (EKFAC's S) would then differ between two ways to sum one batch.
+    """
+    values = ((matrices @ basis) * basis).sum(-2)
+    null = values <= cutoff * values.amax(-1, keepdim=True)
+    if not bool((null.sum(-1) > 1).any()):
+        return basis
+    size = matrices.shape[-1]
+    order = torch.arange(1, size + 1, dtype=basis.dtype, device=basis.device) / size
+    projector = (basis * null.unsqueeze(-2)) @ basis.mT
+    largest = values.amax(-1).clamp(min=torch.finfo(values.dtype).tiny)[:, None, None]
+    inside = projector @ (order.unsqueeze(-1) * projector)
+    settled, failed = _eigenvectors(matrices / largest - projector - inside)
+    return torch.where(failed[:, None, None], basis, settled)
 
 
 def kronecker_sum_solve(

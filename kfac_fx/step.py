@@ -18,16 +18,17 @@ from torch.fx import GraphModule
 
 from kfac_fx import guards
 from kfac_fx.adaptive import Point, check_plain_sgd, quadratic_update
-from kfac_fx.batch import Batch, flatten_batch
+from kfac_fx.batch import Batch
 from kfac_fx.canonical import gradient_names, initial_state, state_owner
+from kfac_fx.captures import Captures
 from kfac_fx.compiled import Compiled, Graphs
 from kfac_fx.contracts import DampedMethod, Method, Plan
 from kfac_fx.curvature import Curvature
 from kfac_fx.errors import KfacFxError
-from kfac_fx.forward import forward_program
 from kfac_fx.functions import precondition_function
 from kfac_fx.instrument import Variant
 from kfac_fx.lower import execution, resolve_backend
+from kfac_fx.optimizer import OptimizerLink
 from kfac_fx.pending import Pending
 from kfac_fx.trace import trace
 from kfac_fx.types import Fisher, LossFn, Sharing
@@ -56,19 +57,21 @@ class TrainStep:
         guards.check_trainable(model)
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = method.base_optimizer(trainable) if optimizer is None else optimizer
-        guards.check_optimizer(self.optimizer, model)
+        self._link = OptimizerLink(model, self.optimizer)
         self._quadratic = quadratic_update(method)
         if self._quadratic is not None:
             check_plain_sgd(self.optimizer)
         self._options = {"fisher": fisher, "sharing": sharing, "exclude": exclude, "strict": strict}
-        self._backend = resolve_backend(backend, guards.model_device(model))
-        self._fingerprint = guards.fingerprint(model)
-        self._compiled: dict[object, Compiled] = {}
-        self._last: Compiled | None = None
         self._curvature = Curvature(method)
+        self._captures = Captures(
+            model,
+            self._curvature,
+            tracer=self._trace,
+            backend=resolve_backend(backend, guards.model_device(model)),
+            modelled=self._quadratic is not None,
+        )
         self._pending: Pending | None = None
         self._step = 0
-        self._rates: tuple[tuple[float, ...], Tensor] | None = None
 
     def __call__(self, inputs: Any, targets: Any = None) -> Tensor:
         """One full training step. Returns the loss before the update: a detached 0-dim tensor.
@@ -79,7 +82,7 @@ class TrainStep:
             raise KfacFxError(
                 "step(...) was called while accumulated batches wait: call step.update() or step.discard()."
             )
-        compiled, batch = self._prepare(inputs, targets)
+        compiled, batch = self._captures.fitting(inputs, targets)
         with self._rolled_back_on_error() as buffers:
             if self._quadratic is not None or self._refresh_due():
                 loss = self._collect(compiled, batch)
@@ -91,7 +94,8 @@ class TrainStep:
             if variant == "statistics":
                 tensors = outputs[3 + len(program.gradients) :]
                 self._curvature.replace(compiled.plan, dict(zip(program.state_outputs, tensors, strict=True)))
-            self._apply(gradients)
+            self._link.apply(gradients)
+            self._step += 1
         return outputs[0].detach()
 
     def accumulate(self, inputs: Any, targets: Any = None) -> Tensor:
@@ -105,7 +109,7 @@ class TrainStep:
                 "quadratic_model=True models the loss of one batch: call step(inputs, targets) with the "
                 "whole batch, or use quadratic_model=False to accumulate."
             )
-        return self._collect(*self._prepare(inputs, targets))
+        return self._collect(*self._captures.fitting(inputs, targets))
 
     def _collect(self, compiled: Compiled, batch: Batch) -> Tensor:
         """Add a batch to those that wait. Returns its loss."""
@@ -147,7 +151,8 @@ class TrainStep:
                 delta = quadratic.update(point, gradients, directions, step=self._step)
                 gradients = {name: -tensor for name, tensor in delta.items()}
                 check_plain_sgd(self.optimizer)
-            self._apply(gradients)
+            self._link.apply(gradients)
+            self._step += 1
         self._pending = None
 
     def discard(self) -> None:
@@ -162,7 +167,7 @@ class TrainStep:
         """
         before, pending = self._curvature.snapshot(), self._pending
         quadratic = None if self._quadratic is None else self._quadratic.snapshot()
-        changing = set() if self._last is None else self._last.changing_buffers
+        changing = self._captures.changing_buffers
         buffers = {name: b for name, b in self.model.named_buffers() if name in changing}
         old = {name: buffer.clone() for name, buffer in buffers.items()}
         try:
@@ -190,13 +195,13 @@ class TrainStep:
             return {}
         keys = _state_keys(plan)
         tensors = [gradients[name] for name in names] + [self._curvature.tensor(*key) for key in keys]
-        directions = precondition_function(plan, keys)(*tensors, self._learning_rates(plan))
+        directions = precondition_function(plan, keys)(*tensors, self._link.learning_rates(plan))
         return dict(zip(names, directions, strict=True))
 
     @property
     def plan(self) -> Plan:
         """The plan of the first batch shape; `print(step.plan)` is the report."""
-        return self._first().plan
+        return self._captures.first.plan
 
     @property
     def graphs(self) -> Mapping[str, GraphModule]:
@@ -204,7 +209,7 @@ class TrainStep:
 
         "plain" and "statistics", and for accumulation "gradients" and "batch_statistics".
         """
-        return Graphs(self._first())
+        return Graphs(self._captures.first)
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -251,7 +256,7 @@ class TrainStep:
         guards.check_state(state, self.model, self.optimizer)
         if self._quadratic is not None:
             self._quadratic.check_state(state, self.model)
-        self._curvature.load_state_dict(state, [compiled.plan for compiled in self._compiled.values()])
+        self._curvature.load_state_dict(state, self._captures.plans)
         if self._quadratic is not None:
             self._quadratic.load_state_dict(state["quadratic"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -264,29 +269,10 @@ class TrainStep:
         every = self.method.inverse_every
         return every > 0 and (self._step % every == 0 or self._curvature.empty)
 
-    def _first(self) -> Compiled:
-        if not self._compiled:
-            raise KfacFxError(
-                "nothing is captured yet: tracing happens at the first call step(inputs, targets)."
-            )
-        return next(iter(self._compiled.values()))
-
-    def _prepare(self, inputs: Any, targets: Any) -> tuple[Compiled, Batch]:
-        guards.check_unchanged(self.model, self._fingerprint)
-        batch = flatten_batch(inputs, targets)
-        guards.check_batch(batch, self.model)
-        key = guards.capture_key(self.model, batch)
-        if key not in self._compiled:
-            guards.check_optimizer(self.optimizer, self.model)
-            rows = self._curvature.rows
-            plan = trace(self.model, self.loss_fn, batch, method=self.method, rows=rows, **self._options)
-            forward = None if self._quadratic is None else forward_program(plan.capture)
-            self._curvature.adopt(plan)
-            self._compiled[key] = Compiled(
-                plan=plan, backend=self._backend, curvature=self._curvature, forward=forward
-            )
-        self._last = self._compiled[key]
-        return self._last, batch
+    def _trace(self, batch: Batch) -> Plan:
+        self._link.check()
+        rows = self._curvature.rows
+        return trace(self.model, self.loss_fn, batch, method=self.method, rows=rows, **self._options)
 
     def _arguments(self, compiled: Compiled, variant: Variant, batch: Batch) -> list[Tensor]:
         program = compiled.program(variant)
@@ -295,32 +281,8 @@ class TrainStep:
         if program.has_weight:
             tensors.append(self._curvature.next_weights(compiled.plan))
         if program.has_rates:
-            tensors.append(self._learning_rates(compiled.plan))
+            tensors.append(self._link.learning_rates(compiled.plan))
         return tensors
-
-    def _learning_rates(self, plan: Plan) -> Tensor:
-        """Learning rate of each matched layer, from the optimizer's parameter groups."""
-        rate_of = {
-            id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]
-        }
-        parameters = dict(self.model.named_parameters())
-        if any(id(p) not in rate_of for p in parameters.values() if p.requires_grad):
-            guards.check_optimizer(self.optimizer, self.model)
-        rates = tuple(rate_of[id(parameters[match.weight])] for match in plan.matched)
-        if self._rates is None or self._rates[0] != rates:
-            dtype = plan.capture.inverse_scale.meta["val"].dtype
-            self._rates = (rates, torch.tensor(rates, dtype=dtype, device=guards.model_device(self.model)))
-        return self._rates[1]
-
-    def _apply(self, gradients: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.grad = gradients.get(name)
-        try:
-            self.optimizer.step()
-        finally:
-            for parameter in self.model.parameters():
-                parameter.grad = None
-        self._step += 1
 
 
 def _state_keys(plan: Plan) -> list[tuple[str, str]]:

@@ -427,7 +427,7 @@ def test_a_model_that_moved_to_another_device_is_named() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "near"),
     [
-        ("method", "kfca", "kfac"),
+        ("method", "kfacc", "kfac"),
         ("backend", "inducter", "inductor"),
         ("fisher", "emprical", "empirical"),
         ("sharing", "expnad", "expand"),

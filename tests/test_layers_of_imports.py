@@ -23,8 +23,9 @@ LAYERS = (
     ("capture", "match"),
     ("plan", "functions", "forward"),
     ("trace", "instrument", "curvature", "guards", "quadratic"),
-    ("lower", "check", "pending", "adaptive"),
+    ("lower", "check", "pending", "adaptive", "optimizer"),
     ("compiled",),
+    ("captures",),
     ("step",),
     ("__init__",),
 )

@@ -45,6 +45,8 @@ class SKFAC(KroneckerFactored):
     window: batches that a factor averages over, the newest with weight 1 and each older one with `decay`
     times the next one's, weights made to sum to one; 1 as published: the newest batch alone. Factors
     that are kept dense, since they have as many rows as columns, average over all batches if window > 1.
+    The first batch decides the form: implicit while m < d/2, a formed inverse while m < d, else dense; later
+    batches are padded or make the rows grow, to d of them at most. max_factor_dim: of formed and dense ones.
     statistics_every, inverse_every: steps; the published 834 is 1/48 of an epoch of ImageNet at batch 32.
     kl_clip: bound on lr^2 <V, grad>, None for no bound, as published.
     """

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import matplotlib
 
@@ -58,7 +58,7 @@ def save_panels(panels: Sequence[Panel], *, y_label: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw(axis: Axes, panel: Panel, styles: Mapping[str, Mapping[str, str]]) -> None:
+def _draw(axis: Axes, panel: Panel, styles: Mapping[str, Mapping[str, Any]]) -> None:
     for name, (x, y) in panel.curves.items():
         heights = [min(value, panel.ceiling) for value in y]
         axis.plot(x, heights, label=name, marker="o" if panel.points else None, linewidth=1.4, **styles[name])
