@@ -45,6 +45,11 @@ class Captures:
         """Plans of all captures."""
         return [compiled.plan for compiled in self._compiled.values()]
 
+    def forget(self) -> None:
+        """Capture anew at the next batch."""
+        self._compiled.clear()
+        self._last = None
+
     @property
     def first(self) -> Compiled:
         """The capture of the first batch. Raises `KfacFxError` before there is one."""

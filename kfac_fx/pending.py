@@ -15,6 +15,7 @@ from torch import Tensor
 from kfac_fx.canonical import state_owner
 from kfac_fx.contracts import Plan
 from kfac_fx.curvature import Key
+from kfac_fx.types import LayerMatch
 
 
 @final
@@ -22,7 +23,8 @@ from kfac_fx.curvature import Key
 class Pending:
     """Gradients and statistics of the batches so far.
 
-    weight: their total 1/R_, 0-dim (the number of loss terms of a mean loss). rows: rows behind each A.
+    weight: their total 1/R_, 0-dim (the number of loss terms of a mean loss). rows: rows behind each A, which
+    are examples where positions are averaged first.
     """
 
     plan: Plan
@@ -37,7 +39,7 @@ class Pending:
     ) -> Pending:
         """One batch. weight: 1/R_ of its loss."""
         rows = {
-            (state_owner(plan, match, name), name): match.rows
+            (state_owner(plan, match, name), name): _num_rows(plan, match)
             for match in plan.matched
             for name in plan.method.statistics_names(match)
             if name.startswith("A")
@@ -65,6 +67,11 @@ class Pending:
             statistics=statistics,
             rows={key: self.rows.get(key, 0) + other.rows.get(key, 0) for key in {**self.rows, **other.rows}},
         )
+
+
+def _num_rows(plan: Plan, match: LayerMatch) -> int:
+    averages = plan.sharing == "reduce" and match.structure == "kronecker"
+    return match.examples if averages else match.rows
 
 
 def _adds_up(batch: Pending) -> bool:

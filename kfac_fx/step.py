@@ -256,7 +256,10 @@ class TrainStep:
         guards.check_state(state, self.model, self.optimizer)
         if self._quadratic is not None:
             self._quadratic.check_state(state, self.model)
-        self._curvature.load_state_dict(state, self._captures.plans)
+        laid_out_anew = bool(self.method.growing_names)  # thin factors follow the rows of the saved state
+        self._curvature.load_state_dict(state, [] if laid_out_anew else self._captures.plans)
+        if laid_out_anew:
+            self._captures.forget()
         if self._quadratic is not None:
             self._quadratic.load_state_dict(state["quadratic"])
         self.optimizer.load_state_dict(state["optimizer"])

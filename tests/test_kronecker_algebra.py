@@ -185,3 +185,16 @@ def test_rounding_below_zero_is_clamped() -> None:
     factor = spd(1, 6, rank=1)
     assert torch.linalg.eigvalsh(factor).min() < 0
     assert eigendecompositions([factor], last=[eye_like(factor)]).values[0].min() >= 0
+
+
+def test_rounding_does_not_choose_the_basis_of_a_null_space() -> None:
+    factor = spd(1, 6, rank=2)
+    noise = torch.randn(1, 6, 6, dtype=torch.float64) * 1e-16
+    other = factor + noise + noise.mT
+    last = [eye_like(factor)]
+    (one,), (two,) = (eigendecompositions([f], last=last).bases for f in (factor, other))
+    assert error(one**2, two**2) < 1e-9
+    plain = [torch.linalg.eigh(f).eigenvectors for f in (factor, other)]
+    assert error(plain[0] ** 2, plain[1] ** 2) > 1e-2
+    rotated = one.mT @ factor @ one
+    assert error(rotated, torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))) < 1e-12
