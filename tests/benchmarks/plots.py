@@ -24,7 +24,8 @@ DASHES = ("-", "--", ":")
 class Panel:
     """One pair of axes: curves (x, y) by name; a marker per point if `points`, and lines across at `levels`.
 
-    ceiling: larger values, infinite ones too, are drawn at this height.
+    log_x: a logarithmic axis, labelled at the first curve's points. ceiling: larger values, infinite ones
+    too, are drawn at this height.
     """
 
     title: str
@@ -65,8 +66,14 @@ def _draw(axis: Axes, panel: Panel, styles: Mapping[str, Mapping[str, Any]]) -> 
     for level in panel.levels:
         axis.axhline(level, color="grey", linewidth=0.8)
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="y", which="minor", labelsize=7)
     if panel.log_x:
+        ticks = next(iter(panel.curves.values()))[0]
         axis.set_xscale("log")
+        axis.set_xticks(ticks, labels=[f"{x:.2g}" for x in ticks])
+        axis.xaxis.set_minor_formatter("")
     axis.set_title(panel.title)
     axis.set_xlabel(panel.x_label)
     axis.grid(alpha=0.3)

@@ -38,6 +38,7 @@ FIRST_SEED = 10
 RANGE = 30.0
 DAMPING_FACTORS = tuple(10.0 ** (k / 2) for k in range(-2, 3))
 CEILING = 3.0
+QUICK: dict[str, Any] = {"num_steps": 40, "num_points": 3, "num_seeds": 1, "quick": True}
 Data = tuple[Split, Split]
 
 
@@ -49,6 +50,7 @@ class Protocol:
     num_steps: int = 100
     num_points: int = 7
     num_seeds: int = 3
+    quick: bool = False
 
     @property
     def factors(self) -> tuple[float, ...]:
@@ -80,13 +82,14 @@ class Sweep:
 def tuned(contender: str, protocol: Protocol, data: Data, progress: Progress) -> tuple[Setting, list[Trial]]:
     """The learning rate, then the damping, with the smallest loss on the tuning seeds; and all runs."""
     seeds, label = TUNING_SEEDS[: protocol.num_seeds], f"{contender}: tuning"
-    settings = [Setting(contender=contender, lr=lr) for lr in lr_grid(contender)]
+    settings = [Setting(contender=contender, lr=lr) for lr in lr_grid(contender, quick=protocol.quick)]
     trials = measure(settings, seeds, protocol, data, progress, label)
     best = min(settings, key=lambda setting: statistics.fmean(losses_of(setting, trials)))
     if contender in FIRST_ORDER:
         return best, trials
     published = make_method(best).damping
-    settings = [replace(best, damping=published * factor) for factor in DAMPING_FACTORS]
+    factors = DAMPING_FACTORS[:: 2 if protocol.quick else 1]
+    settings = [replace(best, damping=published * factor) for factor in factors]
     found = measure(settings, seeds, protocol, data, progress, label)
     best = min(settings, key=lambda setting: statistics.fmean(losses_of(setting, found)))
     return best, trials + found
@@ -182,7 +185,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"folder to write to (default {OUTPUT})")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    protocol = Protocol(num_steps=40, num_points=3, num_seeds=1) if arguments.quick else Protocol()
+    protocol = Protocol(**QUICK) if arguments.quick else Protocol()
     data = mnist()
     console = Console()
     sweeps, trials = [], []
