@@ -35,7 +35,7 @@ from rich.table import Table
 TUNING_SEEDS = (0, 1)
 FIRST_SEED = 10
 LOSS = 0.05
-NUM_STEPS = 300
+NUM_STEPS = 400
 NUM_SEEDS = 3
 QUICK: dict[str, Any] = {"loss": 0.5, "num_steps": 60, "num_seeds": 1}
 
