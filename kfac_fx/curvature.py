@@ -193,5 +193,6 @@ class Curvature:
 
 def _misfit(match: LayerMatch, name: str, found: Tensor, wanted: Tensor) -> str:
     return (
-        f"{name} of {match.key} has shape {tuple(found.shape)}, but this model needs {tuple(wanted.shape)}."
+        f"{name} of {match.key} has shape {tuple(found.shape)}, but this model needs {tuple(wanted.shape)}: "
+        "the state is of another model, or a bias was frozen or unfrozen; compile the model again."
     )
