@@ -73,13 +73,13 @@ class Captures:
         batch = flatten_batch(inputs, targets)
         guards.check_batch(batch, self._model)
         key = guards.capture_key(self._model, batch)
-        if key not in self._compiled:
-            self._compiled[key] = self._captured(batch)
-        self._last = self._compiled[key]
-        return self._last, batch
+        compiled = self._compiled.get(key) or self._captured(batch)
+        if compiled is not self._last:
+            self._curvature.adopt(compiled.plan)
+        self._compiled[key] = self._last = compiled
+        return compiled, batch
 
     def _captured(self, batch: Batch) -> Compiled:
         plan = self._tracer(batch)
         forward = forward_program(plan.capture) if self._modelled else None
-        self._curvature.adopt(plan)
         return Compiled(plan=plan, backend=self._backend, curvature=self._curvature, forward=forward)

@@ -82,19 +82,25 @@ class Curvature:
         return torch.tensor(weights, dtype=scale.dtype, device=scale.device)
 
     def adopt(self, plan: Plan) -> None:
-        """Make state for layers that are new; check that known ones fit.
+        """Make state for layers that are new; check that known ones fit. Called when another plan is used.
 
-        Loaded tensors are taken where they belong, once.
+        Loaded tensors are taken where they belong, once. A tensor that several layers read moves with its
+        readers if the plan gives it to another owner (the first of them was frozen).
         """
         new: dict[Key, Tensor] = {}
         layers: dict[str, dict[str, Key]] = {}
         for match in plan.matched:
-            device = torch.device(match.uses[0].g[0].meta["val"].device)
-            fresh = self._method.init(match, dtype=state_dtype(plan, match), device=device)
+            dtype = state_dtype(plan, match)
+            fresh = self._method.init(match, dtype=dtype, device=torch.device("meta"))
             places = {name: (state_owner(plan, match, name), name) for name in fresh}
             loaded = self._loaded.get(match.key)
+            earlier = self._layers.get(match.key, {})
+            held = {name: self._tensors.get(earlier.get(name, places[name])) for name in fresh}
+            if loaded is not None or any(tensor is None for tensor in held.values()):
+                device = torch.device(match.uses[0].g[0].meta["val"].device)
+                fresh = self._method.init(match, dtype=dtype, device=device)
             for name, tensor in fresh.items():
-                present = self._tensors.get(places[name])
+                present = held[name]
                 if loaded is not None:
                     present = self._fit(match, name, loaded, tensor)
                 if present is not None and not self._fits(name, present, tensor):

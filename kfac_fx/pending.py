@@ -24,14 +24,14 @@ class Pending:
     """Gradients and statistics of the batches so far.
 
     weight: their total 1/R_, 0-dim (the number of loss terms of a mean loss). rows: rows behind each A, which
-    are examples where positions are averaged first.
+    are examples where positions are averaged first; None where rows of ignored terms do not count.
     """
 
     plan: Plan
     weight: Tensor
     gradients: dict[str, Tensor]
     statistics: dict[Key, Tensor]
-    rows: dict[Key, int]
+    rows: dict[Key, int | None]
 
     @staticmethod
     def of(
@@ -65,13 +65,23 @@ class Pending:
             weight=self.weight + other.weight,
             gradients=gradients,
             statistics=statistics,
-            rows={key: self.rows.get(key, 0) + other.rows.get(key, 0) for key in {**self.rows, **other.rows}},
+            rows={
+                key: _added(self.rows.get(key, 0), other.rows.get(key, 0)) for key in self.rows | other.rows
+            },
         )
 
 
-def _num_rows(plan: Plan, match: LayerMatch) -> int:
-    averages = plan.sharing == "reduce" and match.structure == "kronecker"
-    return match.examples if averages else match.rows
+def _num_rows(plan: Plan, match: LayerMatch) -> int | None:
+    if plan.sharing == "reduce" and match.structure == "kronecker":
+        return match.examples
+    positions = match.rows > match.examples * len(match.uses)
+    if plan.capture.loss_info.ignores and match.structure == "kronecker" and positions:
+        return None
+    return match.rows
+
+
+def _added(first: int | None, second: int | None) -> int | None:
+    return None if first is None or second is None else first + second
 
 
 def _adds_up(batch: Pending) -> bool:
@@ -89,8 +99,9 @@ def _joined_statistic(key: Key, first: Pending, second: Pending, share: Tensor, 
         return old if new is None else new  # type: ignore[return-value]
     share = share.to(old.dtype)
     weights = 1 - share, share
-    if key in second.rows and not second.plan.capture.loss_info.ignores:
-        rows = second.rows[key] / (first.rows[key] + second.rows[key])
+    before, after = first.rows.get(key), second.rows.get(key)
+    if before is not None and after is not None:
+        rows = after / (before + after)
         weights = torch.full_like(share, 1 - rows), torch.full_like(share, rows)
     elif key not in second.rows and summed:
         weights = torch.ones_like(share), torch.ones_like(share)
