@@ -66,7 +66,7 @@ class Forward:
             }
             try:
                 outputs = self.module(*self._arguments(duals, tensors))
-            except NotImplementedError as error:
+            except NotImplementedError as error:  # torch's own sign that an operator has no forward mode
                 raise CaptureError(_unsupported(error)) from error
             pairs = [forward_ad.unpack_dual(tensor) for tensor in outputs]
             values = iter([(pair.primal, pair.tangent) for pair in pairs])

@@ -258,7 +258,7 @@ def test_nothing_is_read_on_the_host(guard: str) -> None:
     _, kept = newton.kept_where_not_finite(newton.symmetrised(found), matrices)
     newton.kept_where_not_finite(newton.exact_inverse(matrices), matrices)
     assert damping.shape == (2,) and kept.shape == ()
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError, match="meta"):
         int(kept)
 
 
