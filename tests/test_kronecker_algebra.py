@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfac_fx import linalg
-from kfac_fx.linalg import eigendecompositions, kronecker_sum_solve, mean_eigenvalue, pseudo_inverses
+from kfac_fx import spectrum
+from kfac_fx.linalg import mean_eigenvalue
 from kfac_fx.methods.base import two_sided
 from kfac_fx.methods.damping import paired_dampings, scale
 from kfac_fx.methods.eigenbasis import outer, solved_in_basis
+from kfac_fx.spectrum import eigendecompositions, kronecker_sum_solve, pseudo_inverses
 
 D_OUT, D_IN = 4, 6
 
@@ -174,7 +175,7 @@ def test_a_matrix_that_lapack_gives_up_keeps_its_basis_with_eigenvalues_in_it(
             raise torch.linalg.LinAlgError("no convergence")
         return plain(matrices)
 
-    monkeypatch.setattr(linalg.torch.linalg, "eigh", eigh)
+    monkeypatch.setattr(spectrum.torch.linalg, "eigh", eigh)
     eigen = eigendecompositions([torch.cat([good, hard])], last=[last])
     assert eigen.kept_last == 1 and torch.equal(eigen.bases[0][1], last[1])
     assert error(eigen.values[0][1], (last[1].T @ hard[0] @ last[1]).diagonal()) < 1e-12

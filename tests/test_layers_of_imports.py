@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "layout"),
     ("types",),
     ("contracts", "graph", "linalg", "gram", "loss"),
-    ("walk", "canonical", "batch", "rows", "newton", "woodbury"),
+    ("walk", "canonical", "batch", "rows", "newton", "woodbury", "spectrum"),
     ("passes", "layers", "methods"),
     ("record", "assemble"),
     ("capture", "match"),

@@ -11,14 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kfac_fx.linalg import (
-    damped_inverses,
-    largest_eigenvalue,
-    mean_eigenvalue,
-    pi_ratio,
-    pseudo_inverses,
-    small_inverse,
-)
+from kfac_fx.linalg import damped_inverses, mean_eigenvalue, pi_ratio, small_inverse
+from kfac_fx.spectrum import largest_eigenvalue, pseudo_inverses
 from kfac_fx.types import Refreshed, State
 
 RULES = ("tikhonov", "factored", "sqrt", "full", "relative")

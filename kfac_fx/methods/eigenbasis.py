@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kfac_fx.linalg import eigendecompositions
+from kfac_fx.spectrum import eigendecompositions
 from kfac_fx.types import Refreshed, State
 
 
