@@ -1,7 +1,5 @@
 """One K-FAC step under every damping rule (D0 to D4 of methods.md 1.6) against dense algebra written here."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,27 +7,13 @@ from torch.nn import functional as F
 
 import kfac_fx
 from kfac_fx.linalg import damped_inverses
+from tests.damped import added, eye
 from tests.helpers import gradients, one_step
 from tests.oracles import relative_error
 
 TOLERANCE = 1e-10
 DAMPING = 0.02
 RULES = ("tikhonov", "factored", "sqrt", "full", "relative")
-
-
-def eye(size: int) -> Tensor:
-    return torch.eye(size, dtype=torch.float64)
-
-
-def added(rule: str, damping: float, a: Tensor, g: Tensor) -> tuple[float, float]:
-    """What each rule adds to dense A and G."""
-    if rule == "full":
-        return damping, damping
-    if rule == "relative":
-        largest = [float(torch.linalg.eigvalsh(factor)[-1]) for factor in (a, g)]
-        return max(1e-4, damping * largest[0]), max(1e-4, damping * largest[1])
-    pi = math.sqrt((a.trace() / len(a)) / (g.trace() / len(g))) if rule == "factored" else 1.0
-    return pi * math.sqrt(damping), math.sqrt(damping) / pi
 
 
 def dense(rule: str, damping: float, a: Tensor, g: Tensor, gradient: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """KFC: the paper's factors and names, and spatially uncorrelated activations against the dense matrix."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +9,7 @@ import kfac_fx
 from kfac_fx.errors import Reason
 from kfac_fx.layout import Geometry
 from kfac_fx.rows import channel_moments
+from tests.damped import added, eye
 from tests.helpers import gradients, one_step
 from tests.oracles import record_uses, relative_error
 
@@ -53,21 +52,6 @@ def uncorrelated(x: Tensor, volume: int, *, bias: bool) -> Tensor:
         m = torch.cat([m, torch.ones(1, dtype=x.dtype)])
         block = torch.block_diag(block, torch.zeros(1, 1, dtype=x.dtype))
     return block + torch.outer(m, m)
-
-
-def eye(size: int) -> Tensor:
-    return torch.eye(size, dtype=torch.float64)
-
-
-def added(rule: str, damping: float, a: Tensor, g: Tensor) -> tuple[float, float]:
-    """What each rule adds to dense A and G."""
-    if rule == "full":
-        return damping, damping
-    if rule == "relative":
-        largest = [float(torch.linalg.eigvalsh(factor)[-1]) for factor in (a, g)]
-        return max(1e-4, damping * largest[0]), max(1e-4, damping * largest[1])
-    pi = math.sqrt((a.trace() / len(a)) / (g.trace() / len(g))) if rule == "factored" else 1.0
-    return pi * math.sqrt(damping), math.sqrt(damping) / pi
 
 
 def dense(rule: str, damping: float, a: Tensor, g: Tensor, gradient: Tensor) -> Tensor:
