@@ -18,7 +18,8 @@ from kfac_fx import graph as fxgraph
 from kfac_fx.graph import aten, getitem_source, is_op
 from kfac_fx.layers import KINDS, Product
 from kfac_fx.layout import Layout, Permute, View
-from kfac_fx.types import Capture, LayerMatch, Parameter, Use
+from kfac_fx.traced import Capture, Parameter
+from kfac_fx.types import LayerMatch, Use
 from kfac_fx.walk import Term, base, base_value, gradient_terms
 
 Part = tuple[int, int] | None

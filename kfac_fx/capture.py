@@ -21,7 +21,8 @@ from kfac_fx.errors import CaptureError, KfacFxError
 from kfac_fx.loss import LossRecorder
 from kfac_fx.passes import Trace, backward_passes, check_loss
 from kfac_fx.record import make_capture
-from kfac_fx.types import Capture, Fisher, LossFn
+from kfac_fx.traced import Capture
+from kfac_fx.types import Fisher, LossFn
 
 
 def capture(

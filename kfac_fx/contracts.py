@@ -12,8 +12,8 @@ from typing import Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
+from kfac_fx.traced import Capture
 from kfac_fx.types import (
-    Capture,
     FactorSpec,
     Fisher,
     LayerMatch,
@@ -156,6 +156,10 @@ class Method(Protocol):
 
         weights: 0-dim; they sum to one for means, and are both one where losses add up.
         """
+        ...
+
+    def mean_over(self, match: LayerMatch, name: str) -> int:
+        """How many rows of this batch the statistic `name` of the layer's input is a mean over."""
         ...
 
     def fold(self, state: State, batch: State, *, weight: Tensor, inverse_scale: Tensor) -> State:

@@ -18,8 +18,8 @@ from torch.fx import GraphModule, Node
 
 from kfac_fx import graph as fxgraph
 from kfac_fx.errors import CaptureError, LossError
-from kfac_fx.loss import root_products
-from kfac_fx.types import Capture, LossNodes
+from kfac_fx.hessian import root_products
+from kfac_fx.traced import Capture, LossNodes
 
 Vector = Mapping[str, Tensor]
 

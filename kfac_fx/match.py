@@ -17,7 +17,8 @@ from kfac_fx.errors import Reason
 from kfac_fx.graph import getitem_source
 from kfac_fx.layers import KINDS, Facts, LayerKind, Product
 from kfac_fx.layout import Layout, Permute, simplified
-from kfac_fx.types import Capture, Matches, Parameter, Skip
+from kfac_fx.traced import Capture, Parameter
+from kfac_fx.types import Matches, Skip
 from kfac_fx.walk import Term, base_value, gradient_terms
 
 _NEIGHBOURHOOD = 24

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kfac_fx.batch import Batch, num_examples
 from kfac_fx.errors import LossError
-from kfac_fx.loss import LossCall, num_root_cotangents, root_cotangents, sampled_cotangent, scaled_terms
+from kfac_fx.hessian import num_root_cotangents, root_cotangents, sampled_cotangent, scaled_terms
+from kfac_fx.loss import LossCall
 from kfac_fx.types import Fisher
 
 MAX_TYPE2_PASSES = 256

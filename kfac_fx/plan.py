@@ -15,7 +15,8 @@ from torch.utils.flop_counter import flop_registry
 from kfac_fx.canonical import state_dtype
 from kfac_fx.contracts import Method, Plan
 from kfac_fx.errors import Reason, UnsupportedModelError
-from kfac_fx.types import Capture, Fisher, LayerMatch, Matches, Sharing, Skip
+from kfac_fx.traced import Capture
+from kfac_fx.types import Fisher, LayerMatch, Matches, Sharing, Skip
 
 
 def make_plan(

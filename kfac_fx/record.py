@@ -18,7 +18,8 @@ from kfac_fx import graph as fxgraph
 from kfac_fx.batch import Batch, num_examples
 from kfac_fx.errors import LossError
 from kfac_fx.passes import Trace
-from kfac_fx.types import Capture, Fisher, LossFn, LossInfo, LossNodes, Parameter, Pass, Source
+from kfac_fx.traced import Capture, LossInfo, LossNodes, Parameter, Pass
+from kfac_fx.types import Fisher, LossFn, Source
 
 
 def make_capture(

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import kfac_fx
 from kfac_fx import Plan
 from kfac_fx.capture import call_model
-from kfac_fx.types import Capture
+from kfac_fx.traced import Capture
 from tests.training import twin
 
 

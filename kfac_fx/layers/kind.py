@@ -16,7 +16,8 @@ from torch.fx import Node
 from kfac_fx.errors import Reason
 from kfac_fx.graph import descendants
 from kfac_fx.layout import Geometry, Permute, View
-from kfac_fx.types import Capture, Use
+from kfac_fx.traced import Capture
+from kfac_fx.types import Use
 from kfac_fx.walk import Term, base
 
 

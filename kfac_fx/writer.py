@@ -1,0 +1,139 @@
+"""A copy of a captured graph that is being written into: placeholders for the state, labels, places.
+
+Enters: a `Plan`. Leaves: an fx graph whose new nodes are named and labelled; `instrument` says what they
+compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kfac_fx import graph as fxgraph
+from kfac_fx.canonical import initial_state, state_owner
+from kfac_fx.contracts import Plan
+from kfac_fx.types import LayerMatch, Source
+
+Key = tuple[str, str]
+
+
+@final
+class GraphWriter:
+    """The copy of a plan's graph. `module` is the copy; `of` gives the copy of a captured node.
+
+    sizes: shapes of state tensors that are not those of `Method.init`.
+    """
+
+    def __init__(self, plan: Plan, sizes: Mapping[Key, Sequence[int]]) -> None:
+        self.plan = plan
+        self.module, self._copies = fxgraph.copy_module(plan.capture.graph)
+        self.end = self.module.graph.output_node()
+        self._sizes = sizes
+        self._order = {node: i for i, node in enumerate(plan.capture.graph.graph.nodes)}
+        self._last_placeholder = self.module.graph.find_nodes(op="placeholder")[-1]
+        self._states: dict[Key, Node] = {}
+        self._label_matches()
+
+    def of(self, captured: Node) -> Node:
+        """The copy of a captured node."""
+        return self._copies[captured]
+
+    def placeholder(
+        self, name: str, sizes: Sequence[int], label: str, dtype: torch.dtype | None = None
+    ) -> Node:
+        """A new input of the graph, after those that exist. dtype: that of the loss unless given."""
+        scale = fxgraph.value(self.plan.capture.inverse_scale)
+        graph = self.module.graph
+        with graph.inserting_after(self._last_placeholder):
+            node = graph.placeholder(name)
+        node._rename(name)
+        node.target = node.name
+        node.meta["val"] = fxgraph.fake_empty(graph, sizes, dtype=dtype or scale.dtype, device=scale.device)
+        node.meta["kfac_fx"] = label
+        self._last_placeholder = node
+        return node
+
+    def add_states(self) -> None:
+        """A placeholder per state tensor."""
+        for match in self.plan.matched:
+            for name, tensor in initial_state(self.plan, match).items():
+                owner = state_owner(self.plan, match, name)
+                if (owner, name) in self._states:
+                    continue
+                clean = "".join(c if c.isalnum() else "_" for c in f"{owner}_{name}")
+                sizes = self._sizes.get((owner, name), tensor.shape)
+                node = self.placeholder(f"s_{clean}", sizes, f"{name} of {owner}", tensor.dtype)
+                self._states[owner, name] = node
+
+    def states(self, match: LayerMatch) -> dict[str, Node]:
+        """The layer's state by name."""
+        names = initial_state(self.plan, match)
+        return {name: self._states[state_owner(self.plan, match, name), name] for name in names}
+
+    def splice(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        arguments: Sequence[Node],
+        *,
+        label: str,
+        before: Node | None = None,
+        source: Source | None = None,
+    ) -> list[Node]:
+        """Write what a function computes from nodes of the copy; before the end, if not said otherwise."""
+        place = self.end if before is None else before
+        return fxgraph.splice(
+            self.module, function, arguments, before=place, label=f"inserted, {label}", source=source
+        )
+
+    def after(self, captured: Sequence[Node]) -> Node:
+        """The node before which code that reads these captured nodes can stand."""
+        last = self.of(max(captured, key=self._order.__getitem__))
+        return self.end if last.op == "placeholder" else last.next
+
+    def finish(self, outputs: Sequence[Node], *, collects: bool) -> tuple[Key, ...]:
+        """Set the outputs and drop what nobody reads. Returns the state tensors that are read, in order.
+
+        collects: whether the Fisher's passes are kept, and with them what they update in place.
+        """
+        self.end.args = (tuple(outputs),)
+        fxgraph.eliminate_dead(self.module, self._effects(collects))
+        for key, node in list(self._states.items()):
+            if not node.users:
+                self.module.graph.erase_node(node)
+                del self._states[key]
+        self.module.graph.lint()
+        self.module.recompile()
+        return tuple(self._states)
+
+    def _effects(self, collects: bool) -> frozenset[Node]:
+        """In-place updates and random draws of the training pass.
+
+        Of the Fisher's passes no draw that nobody reads.
+        """
+        keep, seen_end = set(), False
+        last = max(
+            [*self.plan.capture.gradients.values(), self.plan.capture.loss], key=self._order.__getitem__
+        )
+        for node in self.plan.capture.graph.graph.nodes:
+            late = (collects and fxgraph.is_mutation(node)) or fxgraph.assigns_placeholder(node)
+            if fxgraph.has_effect(node) and (not seen_end or late):
+                keep.add(self.of(node))
+            seen_end = seen_end or node is last
+        return frozenset(keep)
+
+    def _label_matches(self) -> None:
+        for match in self.plan.matched:
+            for use in match.uses:
+                for node, label in (
+                    (use.a, "input a"),
+                    (use.g[0], "output gradient g"),
+                    (use.grad, "weight gradient"),
+                ):
+                    if node is not None:
+                        meta = self.of(node).meta
+                        text = f"{label} of {match.name}"
+                        meta["kfac_fx"] = f"{meta['kfac_fx']}; {text}" if "kfac_fx" in meta else text
