@@ -13,8 +13,15 @@ import kfac_fx
 from training import LossFn, Split, Task, example_batch, main, split
 
 
+def shortcut(d_in: int, d_out: int, *, stride: int) -> nn.Module:
+    """The identity, or a 1x1 convolution where the shape changes."""
+    if stride == 1 and d_in == d_out:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(d_in, d_out, 1, stride=stride, bias=False), nn.BatchNorm2d(d_out))
+
+
 class Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; the shortcut is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions beside a shortcut."""
 
     def __init__(self, d_in: int, d_out: int, *, stride: int) -> None:
         super().__init__()
@@ -22,10 +29,7 @@ class Block(nn.Module):
         self.norm1 = nn.BatchNorm2d(d_out)
         self.conv2 = nn.Conv2d(d_out, d_out, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(d_out)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or d_in != d_out:
-            conv = nn.Conv2d(d_in, d_out, 1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(d_out))
+        self.shortcut = shortcut(d_in, d_out, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [N, d_out, H / stride, W / stride] of features [N, d_in, H, W]."""

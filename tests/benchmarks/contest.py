@@ -72,10 +72,9 @@ class SmallResNet(nn.Module):
         return self.head(self.blocks(self.stem(images)).mean(dim=(2, 3)))
 
 
-@final
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A contender with its learning rate. damping: of the method, None for its default."""
+    """A contender with its learning rate. damping: of the method, None for its default or without one."""
 
     contender: str
     lr: float

@@ -26,11 +26,9 @@ from typing import Any, final
 import torch
 from contest import SCHEDULE, SCHEDULE_OF, Setting, Split, Trial, contenders, lr_grid, mnist, run
 from plots import Panel, save_panels
-from records import OUTPUT, save
-from rich import box
+from records import OUTPUT, save, table
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 TUNING_SEEDS = (0, 1)
 FIRST_SEED = 10
@@ -135,21 +133,18 @@ def contend(
 
 def print_rows(rows: Sequence[Row], protocol: Protocol, console: Console) -> None:
     """The table, fastest first; seconds also as multiples of SGD's."""
-    table = Table(
-        title=f"To training loss {protocol.loss:g}: MNIST, small ResNet, {protocol.num_seeds} seed(s), "
+    figures = table(
+        f"To training loss {protocol.loss:g}: MNIST, small ResNet, {protocol.num_seeds} seed(s), "
         f"{protocol.num_steps} steps",
+        left=("method",),
+        right=("lr", "steps", "range", "seconds", "/ SGD", "ms", "last loss", "test"),
         caption="* at an end of its grid. / SGD: seconds as a multiple of SGD's. ms: of an average step.",
-        box=box.SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
     )
-    for heading in ("method", "lr", "steps", "range", "seconds", "/ SGD", "ms", "last loss", "test"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
     sgd = next((row.median_seconds for row in rows if row.contender == "sgd"), math.inf)
     for row in rows:
         reached = math.isfinite(row.median_steps)
         relative = f"{row.median_seconds / sgd:.2f}" if reached and math.isfinite(sgd) else ""
-        table.add_row(
+        figures.add_row(
             row.contender,
             f"{row.lr:g}{'*' if row.at_end else ' '}",
             f"{row.median_steps:g}" if reached else "not reached",
@@ -160,7 +155,7 @@ def print_rows(rows: Sequence[Row], protocol: Protocol, console: Console) -> Non
             f"{row.final_loss:.4f}",
             f"{100 * row.test_accuracy:.1f}%",
         )
-    console.print(table)
+    console.print(figures)
 
 
 def median_curve(trials: Sequence[Trial], x: str) -> tuple[list[float], list[float]]:

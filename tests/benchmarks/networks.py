@@ -1,19 +1,27 @@
 """The two networks that the cost benchmarks measure: ResNet-50 and GPT-2 small, in plain PyTorch.
 
 Shapes are the published ones (ResNet-50: He et al. 2015, arXiv:1512.03385, table 1, with the stride in the
-3x3 convolution; GPT-2 small: Radford et al. 2019). Weights are at random: only shapes matter here.
+3x3 convolution; GPT-2 small: Radford et al. 2019). Weights are at random: only shapes matter here. Shortcuts
+and transformer blocks are those of `examples/`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+from mnist_resnet import shortcut  # noqa: E402
+from text_transformer import Transformer, next_byte_loss  # noqa: E402
+
 EXPANSION = 4
+next_token_loss = next_byte_loss
 
 
 @final
@@ -29,10 +37,7 @@ class Bottleneck(nn.Module):
         self.norm2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, d_out, 1, bias=False)
         self.norm3 = nn.BatchNorm2d(d_out)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or d_in != d_out:
-            conv = nn.Conv2d(d_in, d_out, 1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(d_out))
+        self.shortcut = shortcut(d_in, d_out, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [N, 4 width, H / stride, W / stride] of features [N, d_in, H, W]."""
@@ -77,77 +82,10 @@ def resnet50(*, width: int = 64, num_classes: int = 1000) -> ResNet:
     return ResNet((3, 4, 6, 3), width=width, num_classes=num_classes)
 
 
-@final
-class Attention(nn.Module):
-    """Causal self-attention; one linear layer makes queries, keys and values."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, T, width] to [N, T, width]."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        heads = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out(heads.transpose(1, 2).flatten(2))
-
-
-@final
-class TransformerBlock(nn.Module):
-    """Attention and a two-layer perceptron, each behind a LayerNorm and beside a residual path."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, T, width] to [N, T, width]."""
-        x = x + self.attention(self.norm1(x))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
-
-
-@final
-class GPT2(nn.Module):
-    """Token and position embeddings, pre-norm blocks, and a head that is the token embedding."""
-
-    def __init__(self, *, vocabulary: int, context: int, width: int, num_heads: int, num_blocks: int) -> None:
-        super().__init__()
-        self.token = nn.Embedding(vocabulary, width)
-        self.position = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(TransformerBlock(width, num_heads) for _ in range(num_blocks)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        for embedding in (self.token, self.position):
-            nn.init.normal_(embedding.weight, std=0.02)
-        self.head.weight = self.token.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [N, T, vocabulary] of tokens [N, T]."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.token(tokens) + self.position(positions)
-        return self.head(self.norm(self.blocks(x)))
-
-
-def gpt2_small(
-    *,
-    vocabulary: int = 50257,
-    context: int = 1024,
-    width: int = 768,
-    num_heads: int = 12,
-    num_blocks: int = 12,
-) -> GPT2:
-    """GPT-2 small: 124,439,808 parameters, with the tied head counted once."""
-    return GPT2(
-        vocabulary=vocabulary, context=context, width=width, num_heads=num_heads, num_blocks=num_blocks
-    )
-
-
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats a token. logits: [N, T, vocabulary]; targets: [N, T]."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+def gpt2_small() -> Transformer:
+    """GPT-2 small: 124,439,808 parameters, with the head, which is the token embedding, counted once."""
+    model = Transformer(width=768, num_heads=12, num_blocks=12)
+    model.token, model.position = nn.Embedding(50257, 768), nn.Embedding(1024, 768)
+    model.head = nn.Linear(768, 50257, bias=False)
+    model.head.weight = model.token.weight
+    return model

@@ -1,14 +1,17 @@
-"""What the benchmarks save: JSON without infinities, with the machine, and folders made when needed."""
+"""What the benchmarks print and save: tables, and JSON with the machine it was measured on."""
 
 from __future__ import annotations
 
 import json
 import math
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
+from rich.table import Table
 
 OUTPUT = Path("build/benchmarks")
 
@@ -23,7 +26,7 @@ def finite(value: Any) -> Any:
 
 
 def save(record: dict[str, Any], path: Path) -> None:
-    """Write a record, with the versions and the machine it was measured on."""
+    """Write a record, with the versions and the machine; a folder that is missing is made."""
     environment = {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -33,3 +36,13 @@ def save(record: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(finite({"environment": environment, **record}), indent=1)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def table(title: str, *, left: Iterable[str], right: Iterable[str], caption: str | None = None) -> Table:
+    """An empty table without vertical lines: columns of names on the left, of numbers on the right."""
+    made = Table(title=title, caption=caption, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for heading in left:
+        made.add_column(heading)
+    for heading in right:
+        made.add_column(heading, justify="right")
+    return made

@@ -37,11 +37,9 @@ from typing import Any, final
 
 import torch
 from networks import resnet50
-from records import OUTPUT, save
-from rich import box
+from records import OUTPUT, save, table
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 import kfac_fx
@@ -180,25 +178,21 @@ def measure(names: list[str], *, scale: int, repeats: int, console: Console) -> 
 
 def print_rows(rows: list[Row], *, scale: int, console: Console) -> None:
     """Seconds, and ratios to K-FAC and between the two ways to call."""
-    table = Table(
-        title=f"Damping and refresh, 54 layers of ResNet-50, widths / {scale}, one thread",
-        box=box.SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
+    figures = table(
+        f"Damping and refresh, 54 layers of ResNet-50, widths / {scale}, one thread",
+        left=("contender",),
+        right=("batched, s", f"/ {BASE}", "one by one, s", "one by one / batched"),
     )
-    table.add_column("contender")
-    for heading in ("batched, s", f"/ {BASE}", "one by one, s", "one by one / batched"):
-        table.add_column(heading, justify="right")
     for row in rows:
         apart = row.one_by_one
-        table.add_row(
+        figures.add_row(
             row.contender,
             f"{row.batched:.3f}",
             f"{row.ratio:.3f}",
             "" if apart is None else f"{apart:.3f}",
             "" if apart is None else f"{apart / row.batched:.2f}",
         )
-    console.print(table)
+    console.print(figures)
 
 
 def main() -> None:

@@ -26,11 +26,9 @@ from typing import Any, final
 import torch
 from contest import FIRST_ORDER, Setting, Split, Trial, lr_grid, make_method, mnist, run
 from plots import Panel, save_panels
-from records import OUTPUT, save
-from rich import box
+from records import OUTPUT, save, table
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 CONTENDERS = ("nkfac", "kfac", "kfac-unclipped", "sgd")
 TUNING_SEEDS = (0, 1)
@@ -131,24 +129,18 @@ def sweep(
 
 def print_sweeps(sweeps: Sequence[Sweep], protocol: Protocol, console: Console) -> None:
     """One row per contender and setting: the loss at each multiple of the tuned value."""
-    table = Table(
-        title=f"Training loss after {protocol.num_steps} steps over a {RANGE:g}x range, "
+    figures = table(
+        f"Training loss after {protocol.num_steps} steps over a {RANGE:g}x range, "
         f"median of {protocol.num_seeds} seed(s)",
+        left=("method", "of", "tuned"),
+        right=(*(f"x{factor:.2g}" for factor in protocol.factors), "spread"),
         caption="columns: multiple of the tuned value. spread: largest loss divided by smallest.",
-        box=box.SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
     )
-    for heading in ("method", "of", "tuned"):
-        table.add_column(heading)
-    for factor in protocol.factors:
-        table.add_column(f"x{factor:.2g}", justify="right")
-    table.add_column("spread", justify="right")
     for own in sorted(sweeps, key=lambda own: own.axis, reverse=True):
         losses = ("diverged" if math.isinf(loss) else f"{loss:.3f}" for loss in own.losses)
         tuned_value = f"{getattr(own.centre, own.axis):.3g}"
-        table.add_row(own.contender, own.axis, tuned_value, *losses, f"{own.spread:.1f}")
-    console.print(table)
+        figures.add_row(own.contender, own.axis, tuned_value, *losses, f"{own.spread:.1f}")
+    console.print(figures)
 
 
 def plot(sweeps: Sequence[Sweep], protocol: Protocol, path: Path) -> None:

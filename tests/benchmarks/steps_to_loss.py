@@ -13,27 +13,23 @@ settings, against 15 of SGD); the default seeds 10, 11 and 12 had no part in tha
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
+import contest
 import torch
-from rich import box
+from records import save, table
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 import kfac_fx
-from kfac_fx.errors import NonFiniteLossError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
@@ -53,13 +49,10 @@ KFAC_FIXED: dict[str, Any] = {"kl_clip": 1e-2, "decay": 0.9, "inverse_every": 1}
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One point of a grid; SGD has no damping."""
+class Setting(contest.Setting):
+    """One point of a grid."""
 
-    method: str
-    lr: float
     momentum: float
-    damping: float | None = None
 
 
 @final
@@ -87,9 +80,9 @@ class Row:
     median_seconds: float
 
 
-SGD_GRID = tuple(Setting(method="sgd", lr=lr, momentum=m) for m, lrs in SGD_LRS.items() for lr in lrs)
+SGD_GRID = tuple(Setting(contender="sgd", lr=lr, momentum=m) for m, lrs in SGD_LRS.items() for lr in lrs)
 KFAC_GRID = tuple(
-    Setting(method="kfac", lr=lr, momentum=KFAC_MOMENTUM, damping=damping)
+    Setting(contender="kfac", lr=lr, momentum=KFAC_MOMENTUM, damping=damping)
     for lr in KFAC_LRS
     for damping in KFAC_DAMPINGS
 )
@@ -109,25 +102,18 @@ def make_step(setting: Setting, model: nn.Module) -> Step:
     return kfac_fx.compile(model, TASK.loss_fn, method=method, optimizer=optimizer)
 
 
-def endless(batches: DataLoader[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """Epoch after epoch."""
-    while True:
-        yield from batches
-
-
 def run(setting: Setting, *, seed: int, train: Split) -> Trial:
     """Train until the smallest loss is reached, the run diverges or its limit is met."""
     model = seeded(TASK.model, seed=seed)
     step = make_step(setting, model)
-    batches = endless(loader(train, batch_size=BATCH_SIZE, seed=seed))
+    batches = contest.endless(loader(train, batch_size=BATCH_SIZE, seed=seed))
     steps, seconds = [math.inf] * len(LOSSES), [math.inf] * len(LOSSES)
     elapsed, loss = 0.0, math.inf
-    for count in range(1, STEP_LIMIT[setting.method] + 1):
+    for count in range(1, STEP_LIMIT[setting.contender] + 1):
         inputs, targets = next(batches)
         start = time.perf_counter()
-        try:
-            step(inputs, targets)
-        except NonFiniteLossError:
+        if not contest.advance(step, inputs, targets):
+            loss = math.inf
             break
         elapsed += time.perf_counter() - start
         if count % EVALUATE_EVERY:
@@ -173,15 +159,12 @@ def ratio(row: Row, kfac: Row) -> str:
 
 def print_rows(rows: Sequence[Row], *, num_seeds: int, console: Console) -> None:
     """For every loss, the best setting of each contender and its steps: median and range over the seeds."""
-    table = Table(
-        title=f"Steps to a training loss, digits, batch {BATCH_SIZE}, {num_seeds} seeds",
+    best_ones = table(
+        f"Steps to a training loss, digits, batch {BATCH_SIZE}, {num_seeds} seeds",
+        left=("loss", "method"),
+        right=("lr", "momentum", "damping", "steps", "range", "seconds", "ratio"),
         caption="SGD-0.9: learning rate tuned. SGD-tuned: learning rate and momentum tuned.",
-        box=box.SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
     )
-    for heading in ("loss", "method", "lr", "momentum", "damping", "steps", "range", "seconds", "ratio"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
     kfac = {row.loss: row for row in rows if row.contender == "K-FAC"}
     for row in rows:
         setting = row.setting
@@ -189,17 +172,8 @@ def print_rows(rows: Sequence[Row], *, num_seeds: int, console: Console) -> None
         settings = (f"{setting.lr:.3g}", f"{setting.momentum:g}", damping)
         steps = (f"{row.median_steps:g}", f"{min(row.steps):g}-{max(row.steps):g}")
         figures = (*settings, *steps, f"{row.median_seconds:.2f}", ratio(row, kfac[row.loss]))
-        table.add_row(f"{row.loss:g}", row.contender, *figures, end_section=row.contender == "K-FAC")
-    console.print(table)
-
-
-def finite(value: Any) -> Any:
-    """The same record with None for what is not a finite number, since JSON has no infinity."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        best_ones.add_row(f"{row.loss:g}", row.contender, *figures, end_section=row.contender == "K-FAC")
+    console.print(best_ones)
 
 
 def record(trials: Sequence[Trial], rows: Sequence[Row]) -> dict[str, Any]:
@@ -211,17 +185,12 @@ def record(trials: Sequence[Trial], rows: Sequence[Row]) -> dict[str, Any]:
         "step_limit": STEP_LIMIT,
         "sgd_lrs_of_momentum": SGD_LRS,
         "kfac": {"lr": KFAC_LRS, "damping": KFAC_DAMPINGS, "momentum": KFAC_MOMENTUM, **KFAC_FIXED},
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
     }
-    return finite(
-        {
-            "protocol": protocol,
-            "table": [asdict(row) for row in rows],
-            "trials": [asdict(trial) for trial in trials],
-        }
-    )
+    return {
+        "protocol": protocol,
+        "table": [asdict(row) for row in rows],
+        "trials": [asdict(trial) for trial in trials],
+    }
 
 
 def main() -> None:
@@ -242,7 +211,7 @@ def main() -> None:
     rows = [best(trials, contender, loss) for loss in LOSSES for contender in CONTENDERS]
     print_rows(rows, num_seeds=arguments.seeds, console=console)
     if arguments.output:
-        arguments.output.write_text(json.dumps(record(trials, rows), indent=1) + "\n", encoding="utf-8")
+        save(record(trials, rows), arguments.output)
         console.print(f"saved {arguments.output}")
 
 
