@@ -1,27 +1,31 @@
-"""The update by the quadratic model, and the damping that follows how well the model predicts.
+"""The update by the quadratic model, with the damping that gives the best one.
 
-Martens & Grosse 2015, sections 6.4, 6.5 and 7 (arXiv:1503.05671); methods.md 2.6, 2.7, 1.8 C3. Enters: the
-forward of a capture, gradients and preconditioned directions. Leaves: the update. Holds what lives between
-steps: lambda and the last update.
+Martens & Grosse 2015, sections 6.4 to 6.6 and 7 (arXiv:1503.05671); methods.md 2.6, 2.7, 1.8 C3. Enters: the
+forward of a capture, gradients, the curvature and how it preconditions. Leaves: the update. Holds what lives
+between steps: the strength of the damping and the last update.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.contracts import DampedMethod, Method
-from kfac_fx.errors import CaptureError, NonFiniteLossError, OptimizerMismatchError, StateError
+from kfac_fx.canonical import gradient_names
+from kfac_fx.contracts import DampedMethod, Method, Plan
+from kfac_fx.curvature import Curvature, Rates
+from kfac_fx.curvature import Snapshot as CurvatureSnapshot
+from kfac_fx.errors import CaptureError, NonFiniteLossError, StateError
 from kfac_fx.forward import Derivative, Forward, Vector
+from kfac_fx.levenberg import Strength
 from kfac_fx.quadratic import combination, dot, gram, minimiser
-from kfac_fx.types import QuadraticSettings
 
-Snapshot = tuple[float, dict[str, Tensor], float | None]
+Directions = list[dict[str, Tensor]]
+Snapshot = tuple[Strength, dict[str, Tensor]]
 
 
 @final
@@ -35,6 +39,10 @@ class Point:
     forward: Forward
     tensors: tuple[Tensor, ...]
 
+    def derivative(self, direction: Vector) -> Derivative:
+        """The derivative along a direction."""
+        return self.forward.derivative(direction, self.tensors)
+
     def parameters(self, names: Vector) -> dict[str, Tensor]:
         """The parameters of these names."""
         at = dict(zip(self.forward.names, self.tensors, strict=False))
@@ -42,72 +50,135 @@ class Point:
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """What one damping of the factors leads to.
+
+    gamma_squared: that damping. derivative: along the first direction. predicted: M(delta) - M(0), at most 0;
+    infinite where the model is not finite. kept: how many inverses could not be renewed. curvature: with it.
+    """
+
+    gamma_squared: float
+    directions: Directions
+    derivative: Derivative
+    coefficients: Tensor
+    predicted: float
+    kept: int
+    curvature: CurvatureSnapshot
+
+    @property
+    def rank(self) -> tuple[bool, int, float]:
+        """The smallest is the best."""
+        return not math.isfinite(self.predicted), self.kept, self.predicted
+
+
+@final
 class QuadraticUpdate:
     """Updates delta = sum of coefficient times direction that minimise the quadratic model.
 
     Directions: the preconditioned negative gradient of the matched parameters, the plain negative gradient of
-    the rest, and the last update. damping: lambda now. ratio: the last reduction ratio rho, None before the
-    first adaptation.
+    the rest, and the last update. strength: lambda and gamma of the next step.
     """
 
-    def __init__(self, method: DampedMethod, settings: QuadraticSettings) -> None:
+    def __init__(self, method: DampedMethod, strength: Strength) -> None:
         self._method = method
-        self._settings = settings
+        self._l2 = strength.settings.l2
         self._last: dict[str, Tensor] = {}
         self._checked: set[int] = set()
-        self.damping = float(method.damping)
-        self.ratio: float | None = None
-
-    @property
-    def method(self) -> Method:
-        """The method, damped as now."""
-        return self._method.damped(self.damping)
-
-    def objective_gradients(self, gradients: Vector, parameters: Vector) -> dict[str, Tensor]:
-        """Gradients of `loss + eta/2 |theta|^2`."""
-        eta = self._settings.l2
-        if not eta:
-            return dict(gradients)
-        return {name: gradient + eta * parameters[name].detach() for name, gradient in gradients.items()}
+        self.strength = strength
 
     def update(
-        self, point: Point, gradients: Vector, preconditioned: Vector, *, step: int
+        self,
+        plan: Plan,
+        point: Point,
+        gradients: Vector,
+        *,
+        curvature: Curvature,
+        refresh: bool,
+        rates: Rates,
+        step: int,
     ) -> dict[str, Tensor]:
-        """Delta; adapts the damping when due. Changes no parameter.
+        """Delta; adapts gamma and lambda when due. Changes no parameter.
 
-        gradients: of the objective, all parameters. preconditioned: those of matched parameters. step: number
-        of earlier updates.
+        gradients: of the loss, all parameters. refresh: whether new inverses are due. step: number of earlier
+        updates.
         """
-        directions = self._directions(gradients, preconditioned)
-        derivatives = [point.forward.derivative(direction, point.tensors) for direction in directions]
-        damping = self.damping + self._settings.l2
-        curvature = gram(derivatives, directions, damping=damping)
-        slopes = torch.stack([dot(gradients, direction) for direction in directions]).cpu()
-        if not bool(torch.isfinite(curvature).all() & torch.isfinite(slopes).all()):
+        gradients = self._objective_gradients(gradients, point)
+        others = self._other_directions(gradients, gradient_names(plan))
+        known = [point.derivative(direction) for direction in others]
+        before, best = curvature.snapshot(), None
+        for gamma_squared in self.strength.candidates(step):
+            curvature.restore(before)
+            damped = replace(plan, method=self._method.damped(gamma_squared))
+            if refresh:
+                curvature.refresh(damped.method)
+            preconditioned = curvature.preconditioned(damped, gradients, rates=rates)
+            first = [{name: -tensor for name, tensor in preconditioned.items()}] if preconditioned else []
+            derivatives = [*map(point.derivative, first), *known]
+            trial = self._trial(gamma_squared, curvature, gradients, [*first, *others], derivatives)
+            best = trial if best is None or trial.rank < best.rank else best
+        assert best is not None
+        curvature.restore(best.curvature)
+        return self._accepted(best, point, gradients, step)
+
+    def _accepted(self, trial: _Trial, point: Point, gradients: Vector, step: int) -> dict[str, Tensor]:
+        """The update of this trial; adapts lambda when due."""
+        if not math.isfinite(trial.predicted):
             raise NonFiniteLossError(
                 "the quadratic model of this step is infinite or not a number: nothing was changed. "
                 "Skip this batch, or raise the damping."
             )
-        self._check_slope(point, gradients, directions[0], derivatives[0], float(slopes[0]))
-        precision = torch.finfo(derivatives[0].roots[0].dtype).eps
-        coefficients = minimiser(curvature, slopes, precision=precision)
-        delta = combination(coefficients.tolist(), directions)
-        every = self._settings.adapt_every
-        if every and (step + 1) % every == 0:
-            self._adapt(point, derivatives[0].loss, delta, 0.5 * float(slopes @ coefficients))
-        if self._settings.momentum:
+        self._check_slope(point, gradients, trial.directions[0], trial.derivative)
+        delta = combination(trial.coefficients.tolist(), trial.directions)
+        self.strength = self.strength.chosen(trial.gamma_squared)
+        if self.strength.adapts_after(step):
+            change = self._change(point, trial.derivative.loss, delta)
+            self.strength = self.strength.adapted(change, trial.predicted)
+        if self.strength.settings.momentum:
             self._last = delta
         return delta
 
-    def _directions(self, gradients: Vector, preconditioned: Vector) -> list[dict[str, Tensor]]:
-        """Those that are not empty."""
-        matched = {name: -direction for name, direction in preconditioned.items()}
-        rest = {name: -gradient for name, gradient in gradients.items() if name not in preconditioned}
+    def _objective_gradients(self, gradients: Vector, point: Point) -> dict[str, Tensor]:
+        """Gradients of `loss + eta/2 |theta|^2`."""
+        if not self._l2:
+            return dict(gradients)
+        parameters = point.parameters(gradients)
+        return {name: gradient + self._l2 * parameters[name] for name, gradient in gradients.items()}
+
+    def _other_directions(self, gradients: Vector, matched: Collection[str]) -> Directions:
+        """Those without a preconditioner, where not empty."""
+        rest = {name: -gradient for name, gradient in gradients.items() if name not in matched}
         last = {name: tensor.to(gradients[name]) for name, tensor in self._last.items() if name in gradients}
-        return [direction for direction in (matched, rest, last) if direction]
+        return [direction for direction in (rest, last) if direction]
+
+    def _trial(
+        self,
+        gamma_squared: float,
+        curvature: Curvature,
+        gradients: Vector,
+        directions: Directions,
+        derivatives: list[Derivative],
+    ) -> _Trial:
+        """The minimiser of the model in the span of these directions."""
+        model = gram(derivatives, directions, damping=self.strength.of_model)
+        slopes = torch.stack([dot(gradients, direction) for direction in directions]).cpu()
+        coefficients, predicted = torch.zeros_like(slopes), math.inf
+        if bool(torch.isfinite(model).all() & torch.isfinite(slopes).all()):
+            precision = torch.finfo(derivatives[0].roots[0].dtype).eps
+            coefficients = minimiser(model, slopes, precision=precision)
+            predicted = 0.5 * float(slopes @ coefficients)
+        return _Trial(
+            gamma_squared=gamma_squared,
+            directions=directions,
+            derivative=derivatives[0],
+            coefficients=coefficients,
+            predicted=predicted,
+            kept=int(curvature.kept_last),
+            curvature=curvature.snapshot(),
+        )
 
     def _check_slope(
-        self, point: Point, gradients: Vector, direction: Vector, derivative: Derivative, slope: float
+        self, point: Point, gradients: Vector, direction: Vector, derivative: Derivative
     ) -> None:
         """Once per capture: the forward-mode derivative of the loss is that of the backward pass.
 
@@ -115,8 +186,8 @@ class QuadraticUpdate:
         """
         if id(point.forward) in self._checked:
             return
-        penalty = self._settings.l2 * float(dot(point.parameters(direction), direction))
-        forward, backward = float(derivative.slope), slope - penalty
+        penalty = self._l2 * float(dot(point.parameters(direction), direction))
+        forward, backward = float(derivative.slope), float(dot(gradients, direction)) - penalty
         size = math.sqrt(float(dot(gradients, gradients)) * float(dot(direction, direction)))
         if abs(forward - backward) > 0.05 * max(abs(forward), abs(backward)) + 1e-4 * size:
             raise CaptureError(
@@ -127,39 +198,26 @@ class QuadraticUpdate:
             )
         self._checked.add(id(point.forward))
 
-    def _adapt(self, point: Point, loss: Tensor, delta: Vector, predicted: float) -> None:
-        """Levenberg-Marquardt: less damping where the model predicts well, more where it does not.
-
-        predicted: M(delta) - M(0), at most 0.
-        """
+    def _change(self, point: Point, loss: Tensor, delta: Vector) -> float:
+        """Of the objective by the update. loss: before it."""
         before = point.parameters(delta)
         after = {name: tensor + delta[name] for name, tensor in before.items()}
         change = float(point.forward.loss(after, point.tensors)) - float(loss)
-        if self._settings.l2:
-            change += self._settings.l2 * float(dot(before, delta) + 0.5 * dot(delta, delta))
-        if predicted >= 0:
-            return
-        ratio = change / predicted
-        factor = self._settings.adapt_factor
-        if ratio > 0.75:
-            self.damping *= factor
-        elif not ratio >= 0.25:  # also where the new loss is not a number
-            self.damping /= factor
-        least, largest = self._settings.damping_bounds
-        self.damping = min(max(self.damping, least), largest)
-        self.ratio = ratio
+        if self._l2:
+            change += self._l2 * float(dot(before, delta) + 0.5 * dot(delta, delta))
+        return change
 
     def snapshot(self) -> Snapshot:
         """What `restore` needs."""
-        return self.damping, self._last, self.ratio
+        return self.strength, self._last
 
     def restore(self, snapshot: Snapshot) -> None:
         """Back to the state of `snapshot`."""
-        self.damping, self._last, self.ratio = snapshot
+        self.strength, self._last = snapshot
 
     def state_dict(self) -> dict[str, Any]:
-        """Lambda and the last update."""
-        return {"damping": self.damping, "last_update": dict(self._last)}
+        """Lambda, gamma^2 where it is adapted, and the last update."""
+        return {**self.strength.state_dict(), "last_update": dict(self._last)}
 
     def check_state(self, state: Mapping[str, Any], model: nn.Module) -> None:
         """Raise `StateError` if a step's saved state lacks this one, or has it of another model."""
@@ -167,6 +225,7 @@ class QuadraticUpdate:
             raise StateError(
                 "the saved state has no quadratic model: it was saved by a method with quadratic_model=False."
             )
+        self.strength.loaded(state["quadratic"])
         shapes = {name: p.shape for name, p in model.named_parameters()}
         for name, tensor in state["quadratic"]["last_update"].items():
             if shapes.get(name) != tensor.shape:
@@ -176,31 +235,11 @@ class QuadraticUpdate:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self.damping, self._last = float(saved["damping"]), dict(saved["last_update"])
-        self.ratio = None
+        self.strength, self._last = self.strength.loaded(saved), dict(saved["last_update"])
 
 
 def quadratic_update(method: Method) -> QuadraticUpdate | None:
     """The state of a method's quadratic model; None if it has none."""
     if not isinstance(method, DampedMethod) or method.quadratic is None:
         return None
-    return QuadraticUpdate(method, method.quadratic)
-
-
-def check_plain_sgd(optimizer: torch.optim.Optimizer) -> None:
-    """Raise `OptimizerMismatchError` unless the optimizer adds the update as it is."""
-    wanted = {"lr": 1, "momentum": 0, "weight_decay": 0, "maximize": False}
-    wrong = [
-        f"{name}={float(group[name]):g}"
-        for group in optimizer.param_groups
-        for name, value in wanted.items()
-        if name in group and float(group[name]) != value
-    ]
-    if type(optimizer) is torch.optim.SGD and not wrong:
-        return
-    found = f"{type(optimizer).__name__}({', '.join(dict.fromkeys(wrong))})"
-    raise OptimizerMismatchError(
-        f"quadratic_model=True computes the whole update, its length and its momentum, but the optimizer is "
-        f"{found}. Use optimizer=None or torch.optim.SGD(parameters, lr=1.0) without momentum, weight decay "
-        "and schedule; for a penalty eta/2 |theta|^2 pass l2=eta to the method."
-    )
+    return QuadraticUpdate(method, Strength.initial(method.damping, method.quadratic))

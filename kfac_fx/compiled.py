@@ -1,12 +1,12 @@
 """One captured batch shape: its plan, its programs, and how one is run so that it can fail safely.
 
-Enters: a plan and tensors in a program's order. Leaves: outputs, or on failure the buffers as they were.
+Enters: a plan; parameters, buffers, a batch. Leaves: outputs by name, or on failure the buffers as they were.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -16,10 +16,25 @@ from torch.fx import GraphModule
 
 from kfac_fx import guards
 from kfac_fx.contracts import Plan
-from kfac_fx.curvature import Curvature, Key
+from kfac_fx.curvature import Curvature, Key, Rates
 from kfac_fx.forward import Forward
 from kfac_fx.instrument import VARIANTS, Program, Variant, instrument
 from kfac_fx.lower import lower, mutated_placeholders
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What a program returned.
+
+    loss: detached, 0-dim. weight: 1/R_ of it. gradients: preconditioned if the variant does that. state: new
+    state tensors, or the batch's statistics.
+    """
+
+    loss: Tensor
+    weight: Tensor
+    gradients: dict[str, Tensor]
+    state: dict[Key, Tensor]
 
 
 @final
@@ -57,22 +72,36 @@ class Compiled:
         names = [*(p.name for p in self.plan.capture.parameters), *self.plan.capture.buffers]
         return frozenset(names[i] for i in mutated_placeholders(self.plan.capture.graph))
 
-    def call(self, variant: Variant, tensors: list[Tensor]) -> tuple[Program, tuple[Tensor, ...]]:
-        """Run a variant; if it raises or its loss is not finite, buffers get their old values back."""
-        module = self.program(variant).module
+    def call(self, variant: Variant, tensors: Sequence[Tensor], *, rates: Rates) -> Outputs:
+        """Run a variant; if it raises or its loss is not finite, buffers get their old values back.
+
+        tensors: parameters, buffers and the batch.
+        """
+        program = self.program(variant)
+        arguments = [*tensors, *(self.curvature.tensor(*key) for key in program.state_inputs)]
+        if program.has_weight:
+            arguments.append(self.curvature.next_weights(self.plan))
+        if program.has_rates:
+            arguments.append(rates(self.plan))
         first = variant not in self.callables
-        saved = [(tensors[i], tensors[i].clone()) for i in self.mutated[variant]]
+        saved = [(arguments[i], arguments[i].clone()) for i in self.mutated[variant]]
         try:
-            run = self.callables.get(variant) or lower(module, self.backend)
-            outputs = guards.first_run(run, tensors, self.plan) if first else tuple(run(*tensors))
+            run = self.callables.get(variant) or lower(program.module, self.backend)
+            outputs = guards.first_run(run, arguments, self.plan) if first else tuple(run(*arguments))
             self.callables[variant] = run
-            guards.check_finite(outputs[0], outputs[2])
+            loss, weight, check, *rest = outputs
+            guards.check_finite(loss, check)
         except BaseException:
             with torch.no_grad():
                 for tensor, old in saved:
                     tensor.copy_(old)
             raise
-        return self.programs[variant], outputs
+        return Outputs(
+            loss=loss.detach(),
+            weight=weight,
+            gradients=dict(zip(program.gradients, rest, strict=False)),
+            state=dict(zip(program.state_outputs, rest[len(program.gradients) :], strict=True)),
+        )
 
 
 @final

@@ -214,7 +214,7 @@ class DampedMethod(Method, Protocol):
         ...
 
     def damped(self, damping: float) -> Method:
-        """The same method with lambda = `damping`, and eta of the objective beside it."""
+        """The same method with this damping of its preconditioner: lambda + eta, or gamma^2."""
         ...
 
 

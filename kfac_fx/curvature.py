@@ -6,19 +6,22 @@ Enters: plans (which layers exist) and new statistics. Leaves: state tensors for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from kfac_fx.canonical import state_dtype, state_owner
+from kfac_fx.canonical import gradient_names, state_dtype, state_owner
 from kfac_fx.contracts import Method, Plan
 from kfac_fx.errors import StateError
+from kfac_fx.functions import precondition_function, state_keys
 from kfac_fx.types import LayerMatch, State
 
 Key = tuple[str, str]
 Counted = int | Tensor
+Rates = Callable[[Plan], Tensor]  # learning rates of its layers: [layers]
 Snapshot = tuple[dict[Key, Tensor], dict[str, int], dict[str, int], Counted, Counted]
 
 
@@ -143,6 +146,8 @@ class Curvature:
     def refresh(self, method: Method) -> None:
         """New inverses of all layers that have statistics. method: the one of this state, as it is damped
         now.
+
+        Warns where a factor cannot be inverted and has no earlier inverse to keep: the identity stands in.
         """
         states = {
             key: {name: self._tensors[place] for name, place in places.items()}
@@ -151,12 +156,28 @@ class Curvature:
         }
         counts = {key: self._refreshes.get(key, 0) for key in states}
         new, refreshed = method.refresh(states, counts=counts)
+        if not all(counts.values()) and int(refreshed.kept_last):
+            warnings.warn(
+                f"{method.name} could not invert {int(refreshed.kept_last)} of its factors at the first "
+                "refresh: the identity stands in until a refresh succeeds. Raise the damping.",
+                stacklevel=2,
+            )
         self._refreshes.update({key: count + 1 for key, count in counts.items()})
         for key, tensors in new.items():
             for name, tensor in tensors.items():
                 self._tensors[self._layers[key][name]] = tensor
         self.retried = self.retried + refreshed.retried  # not in place: a snapshot may hold the tensor
         self.kept_last = self.kept_last + refreshed.kept_last
+
+    def preconditioned(
+        self, plan: Plan, gradients: Mapping[str, Tensor], *, rates: Rates
+    ) -> dict[str, Tensor]:
+        """Gradients of the matched parameters, preconditioned by the plan's method."""
+        names, keys = gradient_names(plan), state_keys(plan)
+        if not names:
+            return {}
+        tensors = [gradients[name] for name in names] + [self._tensors[key] for key in keys]
+        return dict(zip(names, precondition_function(plan, keys)(*tensors, rates(plan)), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts of tensors and plain numbers.
@@ -198,7 +219,9 @@ class Curvature:
 
 
 def _misfit(match: LayerMatch, name: str, found: Tensor, wanted: Tensor) -> str:
+    bias = match.bias or f"the bias beside {match.weight}"
     return (
         f"{name} of {match.key} has shape {tuple(found.shape)}, but this model needs {tuple(wanted.shape)}: "
-        "the state is of another model, or a bias was frozen or unfrozen; compile the model again."
+        f"{bias} was frozen or unfrozen since the state was made, or the state is of another model. Set its "
+        "requires_grad back, or call kfac_fx.compile(model, ...) again, which starts with new factors."
     )

@@ -124,6 +124,16 @@ def statistics_function(
     return run
 
 
+def state_keys(plan: Plan) -> list[tuple[str, str]]:
+    """(key, name) of every state tensor that this plan's layers read."""
+    keys = [
+        (state_owner(plan, match, name), name)
+        for match in plan.matched
+        for name in initial_state(plan, match)
+    ]
+    return list(dict.fromkeys(keys))
+
+
 def precondition_function(plan: Plan, keys: Sequence[tuple[str, str]]) -> Callable[..., list[Tensor]]:
     """(gradients of `gradient_names`, state tensors of `keys`, learning rates) -> preconditioned
     gradients.

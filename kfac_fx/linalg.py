@@ -49,10 +49,10 @@ def damped_inverses(
 
 
 def alike(factors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of matrices of one size, dtype and device: each is one batched call."""
-    order: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    """Indices of batches of matrices of one size, dtype and device: each is one batched call."""
+    order: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
     for index, factor in enumerate(factors):
-        order.setdefault((factor.shape[-1], factor.dtype, factor.device), []).append(index)
+        order.setdefault((factor.shape[1:], factor.dtype, factor.device), []).append(index)
     yield from order.values()
 
 

@@ -99,13 +99,16 @@ def newton_step(matrices: Tensor, inverses: Tensor, *, guard: str) -> Tensor:
     """One step towards the inverse: ((1 + al) I - al T) B with T = B M.
 
     al = 1 (Newton-Schulz: the error I - T is squared) where the norm of I - T is below 1, else 1 / norm of T,
-    which lets every eigenvalue of T move towards 1 and never past it. guard: the norm, a name of `GUARDS`.
-    methods.md 5.3 and 5.4, supplement of the paper, equation (1).
+    which lets every eigenvalue of T move towards 1 and never past it: the error cannot grow. NaN where the
+    norm overflows, else al = 0 would hold B for ever. guard: the norm, a name of `GUARDS`. methods.md 5.3 and
+    5.4, supplement of the paper, equation (1).
     """
     norm = GUARDS[guard]
     product = inverses @ matrices
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    rate = torch.where(norm(eye - product) >= 1, 1 / norm(product), 1.0)[:, None, None]
+    error = norm(eye - product)
+    rate = torch.where(error >= 1, 1 / norm(product), 1.0)
+    rate = torch.where(torch.isfinite(error), rate, torch.nan)[:, None, None]
     return ((1 + rate) * eye - rate * product) @ inverses
 
 
@@ -132,6 +135,6 @@ def symmetrised(matrices: Tensor) -> Tensor:
 
 
 def kept_where_not_finite(new: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """New matrices, the last one where the new is not finite, and how often (0-dim, on the device)."""
+    """New matrices, the last one where the new is not finite, and which those are: [batch], bool."""
     finite = torch.isfinite(new).flatten(1).all(1)
-    return torch.where(finite[:, None, None], new, last), (~finite).sum()
+    return torch.where(finite[:, None, None], new, last), ~finite

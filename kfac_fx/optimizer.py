@@ -13,21 +13,28 @@ from torch import Tensor, nn
 
 from kfac_fx import guards
 from kfac_fx.contracts import Plan
+from kfac_fx.errors import OptimizerMismatchError
 
 
 @final
 class OptimizerLink:
-    """A model's torch optimizer, seen from the step."""
+    """A model's torch optimizer, seen from the step.
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    whole: whether what it is given is the whole update, which it has to subtract as it is.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, whole: bool) -> None:
         self._model = model
         self._optimizer = optimizer
+        self._whole = whole
         self._rates: tuple[tuple[float, ...], Tensor] | None = None
-        guards.check_optimizer(optimizer, model)
+        self.check()
 
     def check(self) -> None:
-        """Raise `OptimizerMismatchError` unless it still holds exactly the trainable parameters."""
+        """Raise `OptimizerMismatchError` unless it holds exactly the trainable parameters, and fits."""
         guards.check_optimizer(self._optimizer, self._model)
+        if self._whole:
+            _check_plain_sgd(self._optimizer)
 
     def learning_rates(self, plan: Plan) -> Tensor:
         """Learning rate of each matched layer, from the parameter groups: [layers]."""
@@ -45,6 +52,8 @@ class OptimizerLink:
 
     def apply(self, gradients: Mapping[str, Tensor]) -> None:
         """One step of the optimizer with these gradients; none is left behind."""
+        if self._whole:
+            _check_plain_sgd(self._optimizer)
         for name, parameter in self._model.named_parameters():
             parameter.grad = gradients.get(name)
         try:
@@ -52,3 +61,22 @@ class OptimizerLink:
         finally:
             for parameter in self._model.parameters():
                 parameter.grad = None
+
+
+def _check_plain_sgd(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `OptimizerMismatchError` unless the optimizer adds the update as it is."""
+    wanted = {"lr": 1, "momentum": 0, "weight_decay": 0, "maximize": False}
+    wrong = [
+        f"{name}={float(group[name]):g}"
+        for group in optimizer.param_groups
+        for name, value in wanted.items()
+        if name in group and float(group[name]) != value
+    ]
+    if type(optimizer) is torch.optim.SGD and not wrong:
+        return
+    found = f"{type(optimizer).__name__}({', '.join(dict.fromkeys(wrong))})"
+    raise OptimizerMismatchError(
+        f"quadratic_model=True computes the whole update, its length and its momentum, but the optimizer is "
+        f"{found}. Use optimizer=None or torch.optim.SGD(parameters, lr=1.0) without momentum, weight decay "
+        "and schedule; for a penalty eta/2 |theta|^2 pass l2=eta to the method."
+    )

@@ -23,8 +23,8 @@ from kfac_fx.types import LayerMatch
 class Pending:
     """Gradients and statistics of the batches so far.
 
-    weight: their total 1/R_, 0-dim (the number of loss terms of a mean loss). rows: rows behind each A, which
-    are examples where positions are averaged first; None where rows of ignored terms do not count.
+    weight: their total 1/R_, 0-dim (the number of loss terms of a mean loss). rows: how many the method says
+    that each statistic of the input is a mean over; None where rows of ignored terms do not count.
     """
 
     plan: Plan
@@ -39,7 +39,7 @@ class Pending:
     ) -> Pending:
         """One batch. weight: 1/R_ of its loss."""
         rows = {
-            (state_owner(plan, match, name), name): _num_rows(plan, match)
+            (state_owner(plan, match, name), name): _num_rows(plan, match, name)
             for match in plan.matched
             for name in plan.method.statistics_names(match)
             if name.startswith("A")
@@ -71,13 +71,11 @@ class Pending:
         )
 
 
-def _num_rows(plan: Plan, match: LayerMatch) -> int | None:
-    if plan.sharing == "reduce" and match.structure == "kronecker":
-        return match.examples
-    positions = match.rows > match.examples * len(match.uses)
-    if plan.capture.loss_info.ignores and match.structure == "kronecker" and positions:
-        return None
-    return match.rows
+def _num_rows(plan: Plan, match: LayerMatch, name: str) -> int | None:
+    num = plan.method.mean_over(match, name)
+    positions = num > match.examples * len(match.uses)
+    ignored = plan.capture.loss_info.ignores and match.structure == "kronecker" and positions
+    return None if ignored else num
 
 
 def _added(first: int | None, second: int | None) -> int | None:

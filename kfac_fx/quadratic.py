@@ -21,18 +21,18 @@ def gram(derivatives: Sequence[Derivative], directions: Sequence[Vector], *, dam
 
     damping: lambda + eta, in units of the Hessian of the loss.
     """
-    rows = []
-    for i, one in enumerate(derivatives):
-        row = []
-        for j, other in enumerate(derivatives[: i + 1]):
-            curvature = [
-                (a * b * scale).sum(dtype=torch.float64)
-                for a, b, scale in zip(one.roots, other.roots, one.scales, strict=True)
-            ]
-            row.append(torch.stack(curvature).sum() + damping * dot(directions[i], directions[j]))
-        rows.append(torch.stack([*row, *[torch.zeros_like(row[0])] * (len(derivatives) - i - 1)]))
-    lower = torch.stack(rows).cpu()
-    return lower + lower.tril(-1).mT
+    rows, columns = torch.tril_indices(len(directions), len(directions))
+    entries = []
+    for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
+        one, other = derivatives[i], derivatives[j]
+        products = [
+            (a * b * scale).sum(dtype=torch.float64)
+            for a, b, scale in zip(one.roots, other.roots, one.scales, strict=True)
+        ]
+        entries.append(torch.stack(products).sum() + damping * dot(directions[i], directions[j]))
+    matrix = torch.empty(len(directions), len(directions), dtype=torch.float64)
+    matrix[rows, columns] = matrix[columns, rows] = torch.stack(entries).cpu()
+    return matrix
 
 
 def minimiser(curvature: Tensor, slopes: Tensor, *, precision: float) -> Tensor:

@@ -185,8 +185,9 @@ class QuadraticSettings:
     """How a method uses the quadratic model of the objective (methods.md 2.6, 2.7).
 
     momentum: whether the last update is one of the directions. l2: eta of the objective `loss + eta/2
-    |theta|^2`. adapt_every: steps between two adaptations of the damping, 0 for never. adapt_factor: w1, what
-    the damping is multiplied with or divided by. damping_bounds: least and largest damping.
+    |theta|^2`. adapt_every: steps between two adaptations of lambda, 0 for never. adapt_factor: w1, what
+    lambda is multiplied with or divided by. damping_bounds: least and largest lambda and gamma^2. gamma_every:
+    steps between two choices of gamma, 0 for never. gamma_factor: w2^2, of gamma^2.
     """
 
     momentum: bool
@@ -194,3 +195,5 @@ class QuadraticSettings:
     adapt_every: int
     adapt_factor: float
     damping_bounds: tuple[float, float]
+    gamma_every: int
+    gamma_factor: float

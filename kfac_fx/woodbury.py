@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_fx.linalg import add_diagonal, alike
+
 
 def thin_inverses(rows: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """(Z, usable) of each of a list of batches; equal sizes are one batched call.
@@ -21,11 +23,8 @@ def thin_inverses(rows: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[tu
     [batch, m, d] in float64, since I - Z^T Z cancels on the span of U, where the gradient lies. usable:
     [batch], False where the m x m matrix was not positive definite. Nothing is read back from the device.
     """
-    order: dict[tuple[int, int, torch.dtype, torch.device], list[int]] = {}
-    for index, batch in enumerate(rows):
-        order.setdefault((batch.shape[1], batch.shape[2], batch.dtype, batch.device), []).append(index)
     results: dict[int, tuple[Tensor, Tensor]] = {}
-    for indices in order.values():
+    for indices in alike(rows):
         z, usable = whitened(torch.cat([rows[i] for i in indices]), torch.cat([dampings[i] for i in indices]))
         sizes = [rows[i].shape[0] for i in indices]
         results.update(zip(indices, zip(z.split(sizes), usable.split(sizes), strict=True), strict=True))
@@ -38,7 +37,7 @@ def whitened(rows: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = rows.double()
     eye = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
-    small = wide @ wide.mT + damping.double()[:, None, None] * eye
+    small = add_diagonal(wide @ wide.mT, damping)
     finite = torch.isfinite(small).flatten(1).all(1)
     root, info = torch.linalg.cholesky_ex(torch.where(finite[:, None, None], small, eye))
     usable = finite & (info == 0)
@@ -83,27 +82,42 @@ def pushed(rows: Tensor, weights: Tensor, new: Tensor, *, decay: float) -> tuple
     """The window with a new block in front and the oldest dropped; (rows, weights).
 
     rows: [groups, window * block, d], newest block first. weights: [window], those of the blocks before they
-    are made to sum to one. new: [groups, m, d]; fewer rows than a block holds are padded with zeros, more
-    make every block longer. A block that is not finite changes nothing.
+    are made to sum to one. new: [groups, m, d], m at most d; fewer rows than a block holds are padded with
+    zeros, more make every block longer. A window that would hold d rows becomes one average of d rows, from
+    which nothing is dropped any more. A block that is not finite changes nothing.
     """
-    blocks = rows.unflatten(1, (weights.shape[0], -1))
-    size = max(blocks.shape[2], new.shape[1])
-    blocks = padded(blocks, size)
+    window, dim = weights.shape[0], rows.shape[2]
+    size = max(rows.shape[1] // window, new.shape[1])
+    if window > 1 and max(rows.shape[1], window * size) >= dim:
+        return _averaged_with(rows, weights, new, decay=decay)
+    finite = torch.isfinite(new).all()
+    blocks = padded(rows.unflatten(1, (window, -1)), size)
     shifted = torch.cat([padded(new, size).unsqueeze(1), blocks[:, :-1]], 1)
     reweighted = torch.cat([torch.ones_like(weights[:1]), weights[:-1] * decay])
-    finite = torch.isfinite(new).all()
     kept = torch.where(finite, shifted, blocks).flatten(1, 2)
     return kept, torch.where(finite, reweighted, weights)
 
 
+def _averaged_with(rows: Tensor, weights: Tensor, new: Tensor, *, decay: float) -> tuple[Tensor, Tensor]:
+    """One average of all blocks and a new one: d rows, and their total weight in the first place."""
+    old, total = padded(averaged_rows(rows, weights), rows.shape[2]), weights.sum()
+    finite = torch.isfinite(new).all()
+    share = 1 / (1 + decay * total)
+    mixed = joined_rows(old, torch.where(finite, new, 0.0), (1 - share, share))
+    total = torch.where(finite, 1 + decay * total, total)
+    return torch.where(finite, mixed, old), F.pad(total[None], (0, weights.shape[0] - 1))
+
+
 def averaged_rows(rows: Tensor, weights: Tensor) -> Tensor:
-    """Rows of the weighted mean of the window's factors, at most d of them.
+    """Rows of the weighted mean of the window's factors, fewer than d; or the d rows of the one average.
 
     This is the bias-corrected moving average cut off after `window` batches (methods.md 4.6).
     """
+    if rows.shape[1] >= rows.shape[2]:
+        return rows
     shares = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
     blocks = rows.unflatten(1, (weights.shape[0], -1))
-    return compressed((blocks * shares.sqrt()[:, None, None]).flatten(1, 2))
+    return (blocks * shares.sqrt()[:, None, None]).flatten(1, 2)
 
 
 def padded(rows: Tensor, size: int) -> Tensor:

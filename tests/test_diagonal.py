@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import kfac_fx
 from kfac_fx import report
+from kfac_fx.methods import METHODS
 from tests.helpers import gradients, one_step
 from tests.oracles import parameters_ggn, relative_error
 
@@ -114,3 +115,44 @@ def test_nothing_is_refreshed_and_the_report_says_so() -> None:
     assert "inversion never" in str(plan)
     assert report.document(plan)["totals"]["overhead"]["inversion"] == 0
     assert sum(f.bytes for f in plan.factors) == 4 * 2 * sum(p.numel() for p in model.parameters())
+
+
+class Routed(nn.Module):
+    """Ten of twelve tokens, each sent to one of three experts: no whole number of rows per example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5, 6) / 2)
+        self.register_buffer("chosen", torch.tensor([0, 1, 2, 0, 2, 1, 0, 1, 2, 2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(self.weight[self.chosen], x.flatten(0, 1)[:10].unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("name", ["diagonal", "ekfac"])
+def test_rows_of_experts_that_are_no_whole_examples_are_squared_one_by_one(name: str, sharing: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = Routed().double(), torch.randn(4, 3, 6, dtype=torch.float64), torch.randint(5, (10,))
+    settings = {"scale_decay": 0.0, "inverse_every": 10} if name == "ekfac" else {}
+    step = kfac_fx.compile(
+        model,
+        F.cross_entropy,
+        method=METHODS[name](statistics_every=1, **settings),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+        fisher="type2",
+        sharing=sharing,  # type: ignore[arg-type]
+        backend="eager",
+    )
+    step(x, y)
+    step(x, y)  # the first that EKFAC squares in the basis of its factors
+    state = step.state_dict()["curvature"]["weight"]
+    exact = parameters_ggn(model, nn.CrossEntropyLoss(), x, y, ["weight"])
+    for expert, squares in enumerate(state["S"]):
+        own = slice(30 * expert, 30 * expert + 30)
+        q_g, q_a = (
+            state[f"{side}_basis"][expert] if name == "ekfac" else torch.eye(size, dtype=torch.float64)
+            for side, size in (("G", 5), ("A", 6))
+        )
+        basis = torch.kron(q_g, q_a)
+        assert relative_error(squares.flatten(), (basis.T @ exact[own, own] @ basis).diagonal()) < TOLERANCE

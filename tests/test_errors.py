@@ -522,6 +522,21 @@ def test_the_state_of_a_wider_model_is_refused_with_both_shapes(used: bool) -> N
     said(message(errors.StateError, load), "0.weight", "(1, 5, 5)", "(1, 3, 3)")
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_bias_that_is_frozen_or_unfrozen_later_is_named_with_both_remedies(frozen: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[0].bias.requires_grad_(frozen)
+    step = kfac_fx.compile(model, lambda f, y: f.square().mean(), optimizer=optimizer, backend="eager")
+    step(x, None)
+    model[0].bias.requires_grad_(not frozen)
+    name = "the bias beside 0.weight was frozen" if frozen else "0.bias was frozen or unfrozen"
+    said(message(errors.StateError, step, x, None), name, "requires_grad back", "kfac_fx.compile(model, ...)")
+    model[0].bias.requires_grad_(frozen)
+    step(x, None)
+    kfac_fx.compile(model, lambda f, y: f.square().mean(), optimizer=optimizer, backend="eager")(x, None)
+
+
 def test_the_state_of_another_optimizer_is_refused_and_nothing_is_loaded() -> None:
     x = torch.randn(5, 4)
     model, other = nn.Linear(4, 3), nn.Linear(4, 3)

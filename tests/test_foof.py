@@ -1,5 +1,7 @@
 """FOOF, the forward-only method: V = grad (A + lambda I)^-1 and nothing of the loss (oracle E13)."""
 
+import warnings
+
 import pytest
 import torch
 from curvlinops import KFACLinearOperator
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 
 import kfac_fx
 from kfac_fx.errors import Reason
+from kfac_fx.methods import METHODS
 from tests.helpers import gradients, one_step
 from tests.oracles import input_factors, record_uses, relative_error
 
@@ -119,3 +122,23 @@ def test_shared_inputs_are_inverted_once_and_what_has_no_single_input_is_left_al
     assert refused == {"norm.weight", "norm.bias", "code"}
     for name in refused:
         assert relative_error(-result.change[name], grads[name]) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["foof", "kfac", "nkfac"])
+def test_a_first_inverse_that_fails_is_counted_and_warned_of_once(name: str) -> None:
+    """Six rows in 41 columns: A is singular, and rounding makes it indefinite."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3))
+    floor = {"damping_floor": 0.0} if name == "nkfac" else {}
+    method = METHODS[name](damping=1e-30, statistics_every=1, inverse_every=1, **floor)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = kfac_fx.compile(model, F.cross_entropy, method=method, optimizer=optimizer, backend="eager")
+    x, y = 1e4 * torch.randn(6, 40), torch.randint(3, (6,))
+    with pytest.warns(UserWarning, match=rf"^{name} could not invert . of its factors .* Raise the dam"):
+        step(x, y)
+    first = step.counts["kept_last"]
+    assert first > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(x, y)
+    assert step.counts["kept_last"] >= first

@@ -240,3 +240,61 @@ def test_readers_of_a_shared_input_step_like_layers_of_their_own() -> None:
         (expected,) = dense_direction([a.T @ a], [g.T @ g], [gradient])
         ours = torch.cat([found[f"{name}.weight"], found[f"{name}.bias"][:, None]], 1)
         assert error(ours, expected) < TOLERANCE
+
+
+def diverging(inverse: float) -> dict[str, dict[str, Tensor]]:
+    """Two layers with factors of a tenth of the identity; A of the first has an inverse that is far off."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for layer, value in (("bad", inverse), ("good", 8.0)):
+        eye = torch.eye(4)[None]
+        states[layer] = {"A": 0.1 * eye, "A_inverse": value * eye, "G": 0.1 * eye, "G_inverse": 8.0 * eye}
+        states[layer] |= {"A_kept": torch.zeros(1), "G_kept": torch.zeros(1)}
+    return states
+
+
+@pytest.mark.parametrize("inverse", [1e25, 1e38])  # the norm overflows, the product does
+def test_a_newton_step_that_overflows_is_followed_by_an_exact_inverse_of_that_factor(
+    monkeypatch: pytest.MonkeyPatch, inverse: float
+) -> None:
+    method, states, counts = kfac_fx.NKFAC(), diverging(inverse), {"bad": 7, "good": 7}
+    calls = count_calls(monkeypatch)
+    kept: list[int] = []
+    for _ in range(3):
+        new, refreshed = method.refresh(states, counts=counts)
+        kept.append(int(refreshed.kept_last))
+        states = {layer: {**state, **new[layer]} for layer, state in states.items()}
+        if len(kept) == 1:
+            assert torch.equal(states["bad"]["A_inverse"], inverse * torch.eye(4)[None])
+            assert states["bad"]["A_kept"] == 1 and states["good"]["A_kept"] == 0
+    assert kept == [1, 0, 0]
+    assert calls[0] == ("newton_inverse", 4, 4) == calls[-1]
+    assert sorted(calls[1:-1]) == [("exact_inverse", 1, 4), ("newton_inverse", 3, 4)]
+    damped = 0.1 + 0.01 * 0.1
+    assert torch.allclose(states["bad"]["A_inverse"][0], torch.eye(4) / damped)
+
+
+def test_a_step_goes_on_after_its_newton_step_has_overflowed() -> None:
+    model = nn.Linear(4, 3)
+    step = compiled(model)
+    x, y = torch.randn(7, 4), torch.randint(3, (7,))
+    for _ in range(3):
+        step(x, y)
+    saved = step.state_dict()
+    saved["curvature"]["weight"]["A_inverse"] = 1e38 * torch.eye(5)[None]
+    step.load_state_dict(saved)
+    step(x, y)
+    assert step.counts["kept_last"] == 1
+    step(x, y)
+    state = step.state_dict()["curvature"]["weight"]
+    assert step.counts["kept_last"] == 1 and not state["A_kept"].any()
+    damped = state["A"][0] + 0.01 * torch.linalg.eigvalsh(state["A"][0])[-1] * torch.eye(5)
+    assert error(state["A_inverse"][0] @ damped, torch.eye(5)) < 1e-2
+
+
+def test_without_damping_a_word_that_never_occurred_is_left_alone() -> None:
+    make, shape = CASES["embedding"]
+    model = make().double()
+    step = compiled(model, damping=0.0, damping_floor=0.0)
+    step(torch.randint(5, (30, *shape)), torch.randint(3, (30,)))
+    change = changes(model, step)["0.weight"]
+    assert not change[5].any() and bool(change[:5].isfinite().all())

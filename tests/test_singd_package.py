@@ -2,7 +2,10 @@
 
 Conversions, taken from its source. It puts the square root of the number of loss terms into g: its
 `loss_average="batch"` is a mean over examples, None a sum; this library finds that out as the factor 1/R of
-the loss. Its optimizer includes momentum and weight decay, here those of torch.optim.SGD. Grouped
+the loss. A mean squared error is a mean over examples AND classes of squares without a half: it is 2 / (N C)
+times the sum of the terms 1/2 |f - y|^2, so that this library's G is C/2 times the package's. The package
+gets that G from the loss times sqrt(C/2), and the same steps from lr / sqrt(C/2) and weight_decay *
+sqrt(C/2). Its optimizer includes momentum and weight decay, here those of torch.optim.SGD. Grouped
 convolutions differ on purpose (it averages the inputs of the groups) and are not compared.
 """
 
@@ -61,15 +64,28 @@ MODELS = {"mlp": (mlp, (4,)), "conv net": (conv_net, (2, 7, 7)), "sequence": (Se
 
 
 def largest_errors(
-    model_name: str, *, kfac_like: bool, sharing: str, normalize: bool, reduction: str, every: int
+    model_name: str,
+    *,
+    kfac_like: bool,
+    sharing: str = "expand",
+    normalize: bool = False,
+    reduction: str = "mean",
+    every: int = 1,
+    squared: bool = False,
+    ratio: float = 1.0,
 ) -> dict[str, float]:
-    """Largest relative distance of roots, momenta and weights at any of the steps."""
+    """Largest relative distance of roots, momenta and weights at any of the steps.
+
+    squared: mean squared error instead of cross-entropy. ratio: of this library's G and the package's.
+    """
     build, shape = MODELS[model_name]
     torch.manual_seed(0)
     ours = build().double()
     theirs = copy.deepcopy(ours)
 
     def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        if squared:
+            return F.mse_loss(outputs, targets, reduction=reduction)
         return F.cross_entropy(outputs, targets, reduction=reduction)
 
     scale = 1.0 if reduction == "mean" else 0.1
@@ -84,6 +100,12 @@ def largest_errors(
         sharing=sharing,  # type: ignore[arg-type]
         backend="eager",
     )
+    root = ratio**0.5
+    converted = {
+        "lr": optimizer["lr"] / root,
+        "momentum": optimizer["momentum"],
+        "weight_decay": optimizer["weight_decay"] * root,
+    }
     published = Published(
         theirs,
         T=every,
@@ -93,15 +115,16 @@ def largest_errors(
         loss_average="batch" if reduction == "mean" else None,
         structures=("dense", "dense"),
         preconditioner_dtype=(torch.float64, torch.float64),
-        **optimizer,
+        **converted,
         **shared,
     )
     worst: dict[str, float] = {}
     for _ in range(STEPS):
         x, y = 2 * torch.randn(6, *shape, dtype=torch.float64), torch.randint(CLASSES, (6,))
+        y = torch.randn(6, CLASSES, dtype=torch.float64) if squared else y
         step(x, y)
         published.zero_grad()
-        loss_fn(theirs(x), y).backward()
+        (root * loss_fn(theirs(x), y)).backward()
         published.step()
         for kind, error in errors(step, published, ours, theirs).items():
             worst[kind] = max(worst.get(kind, 0.0), error)
@@ -137,9 +160,7 @@ def errors(
 def test_every_step_equals_that_of_the_package(
     model_name: str, sharing: str, kfac_like: bool, normalize: bool
 ) -> None:
-    worst = largest_errors(
-        model_name, kfac_like=kfac_like, sharing=sharing, normalize=normalize, reduction="mean", every=1
-    )
+    worst = largest_errors(model_name, kfac_like=kfac_like, sharing=sharing, normalize=normalize)
     momenta = set() if kfac_like else {"A_momentum", "G_momentum"}
     assert set(worst) == {"A_root", "G_root", "weights"} | momenta
     assert max(worst.values()) < TOLERANCE, worst
@@ -148,10 +169,19 @@ def test_every_step_equals_that_of_the_package(
 @pytest.mark.parametrize("kfac_like", [False, True], ids=["singd", "ikfac"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_rare_updates_and_summed_losses_equal_those_of_the_package(reduction: str, kfac_like: bool) -> None:
-    worst = largest_errors(
-        "conv net", kfac_like=kfac_like, sharing="expand", normalize=False, reduction=reduction, every=4
-    )
+    worst = largest_errors("conv net", kfac_like=kfac_like, reduction=reduction, every=4)
     assert max(worst.values()) < TOLERANCE, worst
+
+
+@pytest.mark.parametrize("kfac_like", [False, True], ids=["singd", "ikfac"])
+@pytest.mark.parametrize("model_name", MODELS)
+def test_steps_of_a_squared_error_equal_those_of_the_package_after_the_conversion(
+    model_name: str, kfac_like: bool
+) -> None:
+    worst = largest_errors(model_name, kfac_like=kfac_like, squared=True, ratio=CLASSES / 2)
+    assert max(worst.values()) < TOLERANCE, worst
+    unconverted = largest_errors(model_name, kfac_like=kfac_like, squared=True)
+    assert unconverted["G_root"] > 1e-3
 
 
 def test_the_comparison_sees_another_method() -> None:

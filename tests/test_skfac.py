@@ -93,8 +93,13 @@ def test_w7_reduce_is_kfac_reduce_at_the_same_damping(size: int, rule: str) -> N
     assert_equal(found, expected)
     forms = {name for state in step.state_dict()["curvature"].values() for name in state}
     assert {"A_rows" in forms, "A_z" in forms} == ({True} if size == 3 else {size == 25, False})
-    other, _ = run(model, kfac(damping_rule=rule), [batch])
-    assert differs(found, other, "0.weight"), "expand is another curvature"
+
+
+def test_reduce_is_not_kfac_expand() -> None:
+    model, batch = conv_net(), images(3)
+    found, _ = run(model, skfac(), [batch])
+    other, _ = run(model, kfac(), [batch])
+    assert differs(found, other, "0.weight")
 
 
 @pytest.mark.parametrize("size", [3, 30], ids=["thin", "dense"])
@@ -148,7 +153,7 @@ def test_the_average_over_a_window_is_the_moving_average_while_it_holds_all_batc
     found, step = run(model, skfac(window=3, **settings), batches, lr=0.1)
     assert_equal(found, run(model, kfac(**settings), batches, lr=0.1)[0])
     assert step.state_dict()["curvature"]["0.weight"]["A_rows"].shape == (1, 15, 61)
-    newest, _ = run(model, skfac(window=1, **settings), batches, lr=0.1)
+    newest, _ = run(model, skfac(window=1), batches, lr=0.1)
     assert differs(newest, found, "0.weight")
 
 
@@ -212,3 +217,18 @@ def test_the_kl_clip_is_an_option() -> None:
 def test_settings_without_meaning_are_refused_by_name(setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"SKFAC\({setting}={value!r}\): must be"):
         kfac_fx.SKFAC(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "other"),
+    [
+        ("scale", "paper", {"strategy": "subsample"}),
+        ("positions", 3, {"strategy": "reduce"}),
+        ("seed", 1, {"strategy": "receptive_field"}),
+        ("decay", 0.5, {"window": 1}),
+    ],
+)
+def test_settings_without_effect_are_refused_by_name(setting: str, value: Any, other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"SKFAC\({setting}={value!r}\): has no effect with"):
+        kfac_fx.SKFAC(**{setting: value}, **other)
+    kfac_fx.SKFAC(**{setting: getattr(kfac_fx.SKFAC, setting)}, **other)

@@ -73,7 +73,7 @@ def test_the_plans_bytes_and_columns_are_those_of_the_state(size: int, strategy:
             assert rows.shape == (factor.count, factor.columns, factor.dim)
 
 
-@pytest.mark.parametrize("sizes", [(4, 2, 4), (4, 7, 4), (2, 60, 3)])
+@pytest.mark.parametrize("sizes", [(4, 2, 7), (2, 60, 3)])
 def test_batches_of_other_sizes_equal_the_dense_formula(sizes: tuple[int, ...]) -> None:
     """A smaller last batch is padded, a larger one makes the state grow, up to as many rows as columns."""
     model, batches = conv_net(), [images(size) for size in sizes]
@@ -83,7 +83,19 @@ def test_batches_of_other_sizes_equal_the_dense_formula(sizes: tuple[int, ...]) 
     assert state["A_rows"].shape == (1, min(max(sizes), 41), 41)
 
 
-@pytest.mark.parametrize("parts", [(2, 5), (5, 2), (1, 1, 3)])
+@pytest.mark.parametrize("sizes", [(3, 2, 60, 4, 5, 6), (3, 20, 4, 5, 6)], ids=["over-d", "under-d"])
+def test_a_window_that_grows_to_d_rows_averages_over_all_batches(sizes: tuple[int, ...]) -> None:
+    """As a factor that is dense from the start: d x d is all that is held, twice."""
+    model, batches, decay = wide_net(), [vectors(size) for size in sizes], 0.6
+    found, step = run(model, skfac(window=3, decay=decay), batches, lr=0.1)
+    assert_equal(found, run(model, kfac(decay=decay), batches, lr=0.1)[0])
+    state = step.state_dict()["curvature"]["0.weight"]
+    for name, d in (("A", 51), ("G", 40)):
+        assert state[f"{name}_rows"].shape == (1, d, d)
+        assert state[f"{name}_z"].shape[1] <= d
+
+
+@pytest.mark.parametrize("parts", [(5, 2), (1, 1, 3)])
 def test_accumulated_parts_equal_the_dense_formula_of_the_whole(parts: tuple[int, ...]) -> None:
     model, batches = conv_net(), [images(sum(parts)) for _ in range(3)]
     expected, _ = run(model, kfac(inverse_every=2), batches, lr=0.1, sharing="reduce")

@@ -193,7 +193,7 @@ def test_thirty_steps_equal_the_transcription(case: str) -> None:
         damping_rule=settings["rule"],
         scale=settings["scale"],
         window=settings["window"],
-        decay=DECAY,
+        decay=DECAY if settings["window"] > 1 else 0.95,
         statistics_every=settings["every"][0],
         inverse_every=settings["every"][1],
     )
@@ -222,12 +222,14 @@ def test_thirty_steps_equal_the_transcription(case: str) -> None:
     assert {"A_z", "A_gamma", "G_z" if settings["window"] == 1 else "G_inverse"} <= forms
 
 
-@pytest.mark.parametrize("change", [{"scale": "paper"}, {"damping_rule": "sqrt"}, {"window": 2}])
+@pytest.mark.parametrize(
+    "change", [{"scale": "paper"}, {"damping_rule": "sqrt"}, {"window": 2, "decay": DECAY}]
+)
 def test_the_comparison_sees_every_setting(change: dict[str, Any]) -> None:
     model, twin = ConvNet().double(), ConvNet().double()
     twin.load_state_dict(model.state_dict())
     reference = Reference(twin, damping=0.1, **CASES["recommended"])  # type: ignore[arg-type]
-    method = kfac_fx.SKFAC(damping=0.1, decay=DECAY, statistics_every=3, inverse_every=3, **change)
+    method = kfac_fx.SKFAC(damping=0.1, statistics_every=3, inverse_every=3, **change)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     step = kfac_fx.compile(model, F.cross_entropy, method=method, optimizer=optimizer, backend="eager")
     for _ in range(4):

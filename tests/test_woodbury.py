@@ -77,8 +77,11 @@ def test_w4_z_transposed_z_is_the_middle_term_of_the_identity() -> None:
     assert relative_error(z.T @ z, x.T @ torch.linalg.inv(small) @ x) < TOLERANCE
 
 
+DIM = 40
+
+
 def window_of(batches: list[Tensor], *, window: int, decay: float) -> tuple[Tensor, Tensor]:
-    kept, weights = torch.zeros(1, window * 3, 7, dtype=torch.float64), torch.zeros(window).double()
+    kept, weights = torch.zeros(1, window * 3, DIM, dtype=torch.float64), torch.zeros(window).double()
     for batch in batches:
         kept, weights = woodbury.pushed(kept, weights, batch, decay=decay)
     return kept, weights
@@ -86,8 +89,8 @@ def window_of(batches: list[Tensor], *, window: int, decay: float) -> tuple[Tens
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_w5_a_window_that_holds_all_batches_is_the_bias_corrected_average(count: int) -> None:
-    batches, decay = [draw(1, 3, 7) for _ in range(count)], 0.6
-    average, total = torch.zeros(7, 7, dtype=torch.float64), 0.0
+    batches, decay = [draw(1, 3, DIM) for _ in range(count)], 0.6
+    average, total = torch.zeros(DIM, DIM, dtype=torch.float64), 0.0
     for batch in batches:  # the dense moving average from zero
         average = decay * average + (1 - decay) * batch[0].T @ batch[0]
         total = decay * total + (1 - decay)
@@ -96,7 +99,7 @@ def test_w5_a_window_that_holds_all_batches_is_the_bias_corrected_average(count:
 
 
 def test_w5_a_window_of_w_batches_drops_at_most_the_wth_power_of_the_decay() -> None:
-    batches, decay = [draw(1, 3, 7) for _ in range(40)], 0.7
+    batches, decay = [draw(1, 3, DIM) for _ in range(40)], 0.7
     moments = [b[0].T @ b[0] for b in batches]
     weights = [decay ** (39 - i) for i in range(40)]
     full = sum(w * m for w, m in zip(weights, moments, strict=True)) / sum(weights)
@@ -110,20 +113,37 @@ def test_w5_a_window_of_w_batches_drops_at_most_the_wth_power_of_the_decay() -> 
 
 
 def test_a_longer_block_keeps_the_older_ones_aligned_and_a_shorter_one_is_padded() -> None:
-    batches = [draw(1, size, 7) for size in (3, 5, 2)]
+    batches = [draw(1, size, DIM) for size in (3, 5, 2)]
     kept, weights = window_of(batches, window=3, decay=0.5)
-    assert kept.shape == (1, 15, 7) and weights.tolist() == [1.0, 0.5, 0.25]
+    assert kept.shape == (1, 15, DIM) and weights.tolist() == [1.0, 0.5, 0.25]
     for block, batch in zip(kept[0].split(5), reversed(batches), strict=True):
         size = batch.shape[1]
         assert torch.equal(block[:size], batch[0]) and not block[size:].any()
 
 
 def test_a_block_that_is_not_finite_changes_nothing_but_the_length() -> None:
-    kept, weights = window_of([draw(1, 3, 7)], window=2, decay=0.5)
-    bad = draw(1, 4, 7).index_fill(1, torch.tensor([2]), float("inf"))
+    kept, weights = window_of([draw(1, 3, DIM)], window=2, decay=0.5)
+    bad = draw(1, 4, DIM).index_fill(1, torch.tensor([2]), float("inf"))
     after, same = woodbury.pushed(kept, weights, bad, decay=0.5)
     assert torch.equal(same, weights) and after.shape[1] == 8
     assert torch.equal(after.unflatten(1, (2, 4))[:, :, :3], kept.unflatten(1, (2, 3)))
+
+
+@pytest.mark.parametrize(("sizes", "dropped"), [((3, 3, 14, 5), 0), ((3, DIM, 2), 0), ((3, 3, 3, 13, 14), 1)])
+def test_a_window_of_d_rows_becomes_the_average_of_all_its_batches(
+    sizes: tuple[int, ...], dropped: int
+) -> None:
+    """From the first batch with which 3 blocks would have d rows; nothing is dropped any more."""
+    batches, decay = [draw(1, size, DIM) for size in sizes], 0.7
+    kept, weights = window_of(batches, window=3, decay=decay)
+    assert kept.shape == (1, DIM, DIM)
+    shares = [decay**age for age in reversed(range(len(sizes) - dropped))]
+    parts = [w * b[0].T @ b[0] for w, b in zip(shares, batches[dropped:], strict=True)]
+    found = woodbury.averaged_rows(kept, weights)[0]
+    assert relative_error(found.T @ found, sum(parts) / sum(shares)) < TOLERANCE
+    bad = draw(1, 4, DIM).index_fill(1, torch.tensor([2]), float("nan"))
+    after, same = woodbury.pushed(kept, weights, bad, decay=decay)
+    assert torch.equal(after, kept) and torch.equal(same, weights)
 
 
 def test_w6_all_positions_give_the_dense_expand_factor() -> None:
@@ -197,7 +217,7 @@ def test_w11_the_formula_with_two_known_defects_is_another_matrix() -> None:
 
 def test_w11_averages_of_rows_shrink_the_factor_and_the_window_does_not() -> None:
     decay, trace, plain = 0.9, 0.0, torch.zeros(30, 50, dtype=torch.float64)
-    kept, weights = torch.zeros(1, 6000, 50, dtype=torch.float64), torch.zeros(200, dtype=torch.float64)
+    kept, weights = torch.zeros(1, 50, 50, dtype=torch.float64), torch.zeros(200, dtype=torch.float64)
     for _ in range(200):
         batch = draw(30, 50) / 30**0.5
         plain = decay * plain + (1 - decay) * batch

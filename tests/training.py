@@ -66,6 +66,9 @@ class Identity:
     def join(self, name: str, first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
         return self.inner.join(name, first, second, weights)
 
+    def mean_over(self, match: LayerMatch, name: str) -> int:
+        return self.inner.mean_over(match, name)
+
     def fold(self, state: State, batch: State, *, weight: Tensor, inverse_scale: Tensor) -> State:
         return self.inner.fold(state, batch, weight=weight, inverse_scale=inverse_scale)
 
@@ -153,10 +156,10 @@ def differing(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> list[s
 
 
 def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """Largest relative Frobenius distance over the tensors of two snapshots."""
+    """Largest relative Frobenius distance over the tensors of two snapshots; NaN where one has a NaN."""
     assert set(left) == set(right)
     pairs = [(left[name].double(), right[name].double()) for name in left]
-    return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs)
+    return float(torch.stack([(a - b).norm() / b.norm().clamp(min=1e-12) for a, b in pairs]).max())
 
 
 def twin(model: nn.Module) -> nn.Module:

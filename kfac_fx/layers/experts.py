@@ -3,7 +3,8 @@ weights.
 
 Each routed token is one row of its expert's factors; rows of other experts are zero there. One factor pair
 per expert, normalised by all routed tokens, so that an expert that is rarely chosen has small factors as it
-has small gradients.
+has small gradients. Rows that are not the same number for every example cannot be told apart by example: each
+then counts as one of its own, which is exact where no example gives an expert two rows.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class GatheredExperts:
         experts = use.options["experts"]
         ids = operands[0].reshape(1, -1)
         mask = (ids == ids.new_ones(experts, 1).cumsum(0) - 1).unsqueeze(-1).to(rows.dtype)
-        num = use.options["examples"] if rows.shape[0] % use.options["examples"] == 0 else 1
+        num = use.options["examples"] if rows.shape[0] % use.options["examples"] == 0 else rows.shape[0]
         return (rows.unsqueeze(0) * mask).reshape(experts, num, -1, rows.shape[1])
 
     def output_rows(self, use: Use, g: Tensor, operands: tuple[Tensor, ...]) -> Tensor:

@@ -5,16 +5,18 @@ A method derives from `KroneckerFactored` and overrides what differs. Formulas: 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from kfac_fx.contracts import Statistics
+from kfac_fx.methods.costs import factor_shapes, inverse_flops, moment_flops, product_flops, spec
 from kfac_fx.types import FactorSpec, LayerMatch, State
 
 
@@ -34,6 +36,8 @@ class KroneckerFactored:
     inverse_every: int = 10
     max_factor_dim: int = 8192
 
+    damping: ClassVar[float] = 0.0
+    kl_clip: ClassVar[float | None] = None
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     stored: ClassVar[str] = ""
@@ -42,18 +46,17 @@ class KroneckerFactored:
     growing_names: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning, by name."""
-        least = {"statistics_every": 1, "inverse_every": 0 if self.inverse_free else 1, "max_factor_dim": 1}
-        for name, bound in least.items():
-            self._check(name, getattr(self, name) >= bound, f"must be at least {bound}")
+        """Refuse values of another type or without meaning, by name."""
+        hints = _hints(type(self))
+        for field in fields(self):
+            fits, rule = _typed(getattr(self, field.name), hints[field.name], default=field.default)
+            self._check(field.name, fits, rule)
+        if type(self).inverse_every == 0:
+            self._check("inverse_every", self.inverse_every == 0, "must be 0, since nothing is inverted")
         self._check("decay", 0 <= self.decay <= 1, "must lie in [0, 1]")
-        damping = getattr(self, "damping", 0.0)
-        self._check("damping", 0 <= damping < math.inf, "must be finite and not negative")
-
-    @property
-    def inverse_free(self) -> bool:
-        """Whether the method has nothing to refresh."""
-        return False
+        self._check("damping", 0 <= self.damping < math.inf, "must be finite and not negative")
+        clips = self.kl_clip is None or self.kl_clip > 0
+        self._check("kl_clip", clips, "must be positive, or None for no clipping")
 
     def _check(self, name: str, holds: bool, rule: str) -> None:
         """Raise `ValueError` that names the setting."""
@@ -80,14 +83,19 @@ class KroneckerFactored:
             "A": statistics.input_moment,
             "G": statistics.output_moment,
             "F": statistics.blocks,
-            "A_swapped": partial(statistics.input_moment, swapped=True),
-            "G_swapped": partial(statistics.output_moment, swapped=True),
+            "A_swapped": functools.partial(statistics.input_moment, swapped=True),
+            "G_swapped": functools.partial(statistics.output_moment, swapped=True),
         }
         return {name: read[name]() for name in names}
 
     def join(self, name: str, first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
         """Second moments are linear."""
         return weights[0] * first + weights[1] * second
+
+    def mean_over(self, match: LayerMatch, name: str) -> int:
+        """Examples where positions are averaged first, else rows."""
+        averaged_first = match.sharing == "reduce" and match.structure == "kronecker"
+        return match.examples if averaged_first else match.rows
 
     def fold(self, state: State, batch: State, *, weight: Tensor, inverse_scale: Tensor) -> State:
         """(1 - weight) old + weight new.
@@ -105,8 +113,61 @@ class KroneckerFactored:
     def rescale(
         self, directions: list[Tensor], gradients: list[Tensor], *, learning_rates: Tensor
     ) -> list[Tensor]:
-        """As they are."""
-        return directions
+        """KL clip, where the method has one (rule C1 of methods.md 1.8)."""
+        return kl_clipped(directions, gradients, learning_rates=learning_rates, bound=self.kl_clip)
+
+    def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
+        """One record for each of `kept_sides`, with the FLOPs of the three hooks below."""
+        return tuple(
+            spec(
+                self,
+                match,
+                side,
+                dtype=dtype,
+                statistics=self.statistics_flops(match, side),
+                refresh=self.refresh_flops(match, side),
+                apply=self.apply_flops(match, side),
+            )
+            for side in self.kept_sides(match)
+        )
+
+    def kept_sides(self, match: LayerMatch) -> tuple[str, ...]:
+        """F for block structures, else A and G."""
+        return ("F",) if match.structure == "block" else ("A", "G")
+
+    def statistics_flops(self, match: LayerMatch, side: str) -> int:
+        """Second moments: 2 rows d^2."""
+        return moment_flops(match, side)
+
+    def refresh_flops(self, match: LayerMatch, side: str) -> int:
+        """Inverses through Cholesky: d^3."""
+        return inverse_flops(factor_shapes(match)[side])
+
+    def apply_flops(self, match: LayerMatch, side: str) -> int:
+        """Dense inverses: 2 d^2 times the other side."""
+        return product_flops(match, side)
+
+
+_hints = functools.cache(get_type_hints)
+
+
+def _typed(value: Any, hint: Any, *, default: Any) -> tuple[bool, str]:
+    """Whether a setting's value is of its annotated type, and the rule in words; other types are not checked.
+
+    A bool is no number. A whole number is at least 1, or 0 where that is the default.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    least = 0 if default == 0 else 1
+    whole = number and isinstance(value, Integral) and int(value) >= least
+    pair = isinstance(value, tuple) and [_typed(v, float, default=1)[0] for v in value] == [True, True]
+    rules = {
+        int: (whole, f"must be a whole number of at least {least}"),
+        float: (number, "must be a number"),
+        float | None: (number or value is None, "must be a number or None"),
+        bool: (isinstance(value, bool), "must be True or False"),
+        tuple[float, float]: (pair, "must be a tuple of two numbers"),
+    }
+    return rules.get(hint, (True, ""))
 
 
 def averaged(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
@@ -143,18 +204,6 @@ def two_sided(output_inverse: Tensor, gradient: Tensor, input_inverse: Tensor) -
     return half * input_inverse if input_inverse.dim() == 1 else half @ input_inverse
 
 
-def factor_shapes(match: LayerMatch) -> dict[str, tuple[int, ...]]:
-    """Shapes of A and G (and of the swapped ones of a tied weight), or of F."""
-    if match.structure == "block":
-        k = 1 if match.bias is None else 2
-        return {"F": (match.groups, k, k)}
-    a = (match.d_in,) if match.structure == "diagonal" else (match.groups, match.d_in, match.d_in)
-    shapes = {"A": a, "G": (match.groups, match.d_out, match.d_out)}
-    if match.tied:
-        shapes |= {"A_swapped": shapes["G"], "G_swapped": a}
-    return shapes
-
-
 def zeros(
     shapes: Mapping[str, Sequence[int]], *, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
@@ -167,77 +216,3 @@ def identity(sizes: Sequence[int], *, dtype: torch.dtype, device: torch.device) 
     if len(sizes) == 1:
         return torch.ones(tuple(sizes), dtype=dtype, device=device)
     return torch.eye(sizes[-1], dtype=dtype, device=device).repeat(sizes[0], 1, 1)
-
-
-def spec(
-    method: Any,
-    match: LayerMatch,
-    side: str,
-    *,
-    dtype: torch.dtype,
-    statistics: int,
-    refresh: int,
-    apply: int,
-    form: str | None = None,
-    columns: int | None = None,
-) -> FactorSpec:
-    """The record of one side. Its bytes are those of the tensors that `init` allocates under names that start
-    with `side`; what `shared_names` leaves to another layer counts there.
-
-    statistics, refresh, apply: FLOPs each time the phase runs. A shared statistic costs its owner alone, and
-    so does a refresh if all that it changes is shared.
-    """
-    state = method.init(match, dtype=dtype, device=torch.device("meta"))
-    borrowed = match.shared_a if side == "A" and match.shared_a != match.key else None
-    owned = [
-        t for n, t in state.items() if n.startswith(side) and not (borrowed and n in method.shared_names)
-    ]
-    sizes = factor_shapes(match).get(side, (match.groups, match.d_out, match.d_in))
-    diagonal = len(sizes) == 1
-    return FactorSpec(
-        owner=match.key,
-        side=side,  # type: ignore[arg-type]
-        dim=sizes[0] if diagonal else sizes[1],
-        count=1 if diagonal else sizes[0],
-        diagonal=diagonal,
-        dtype=dtype,
-        bytes=sum(t.numel() * t.dtype.itemsize for t in owned),
-        flops_statistics=0 if borrowed and side in method.shared_names else statistics,
-        flops_refresh=refresh if owned else 0,
-        flops_apply=apply,
-        form=form or statistics_form(match, side),
-        shared_with=borrowed if borrowed and side in method.shared_names else None,
-        columns=columns,
-    )
-
-
-def statistics_form(match: LayerMatch, side: str) -> str:
-    """How a second moment is computed, in words."""
-    if side == "F":
-        return "products per example"
-    if side == "A" and match.structure == "diagonal":
-        return "counts"
-    if side == "A" and match.kind.startswith("conv"):
-        return "patches^T patches"
-    return "rows^T rows"
-
-
-def moment_flops(match: LayerMatch, side: str) -> int:
-    """FLOPs of one batch's second moment: 2 rows d^2 per group; counts are one each."""
-    if side == "F":
-        return match.rows * 2 * match.groups * (1 if match.bias is None else 4)
-    per_group = match.rows // match.groups if match.kind == "gathered-experts" else match.rows
-    if side == "A" and match.structure == "diagonal":
-        return match.rows
-    passes = 1 if side == "A" else match.num_passes
-    return passes * per_group * 2 * match.groups * (match.d_in if side == "A" else match.d_out) ** 2
-
-
-def apply_flops(match: LayerMatch, side: str) -> int:
-    """FLOPs of applying one dense side to the gradient: 2 d^2 times the other side."""
-    if side == "F":
-        return match.groups * (2 if match.bias is None else 8)
-    if side == "A" and match.structure == "diagonal":
-        return match.d_in * match.d_out
-    d = match.d_in if side == "A" else match.d_out
-    return 2 * match.groups * d * match.d_in * match.d_out

@@ -51,6 +51,15 @@ def damped_blocks(rule: str, damping: float | Tensor, blocks: Tensor) -> Tensor:
     return small_inverse(blocks, damping)
 
 
+def inverted_blocks(
+    rule: str, damping: float | Tensor, states: Mapping[str, State]
+) -> tuple[dict[str, State], dict[str, State]]:
+    """(`F_inverse` of every layer of blocks, the states of the others)."""
+    blocks = {key: state["F"] for key, state in states.items() if "F" in state}
+    rest = {key: state for key, state in states.items() if key not in blocks}
+    return {key: {"F_inverse": damped_blocks(rule, damping, f)} for key, f in blocks.items()}, rest
+
+
 def _deviation(blocks: Tensor) -> Tensor:
     """Half the distance of the two eigenvalues of each block; 0 where k = 1."""
     if blocks.shape[-1] == 1:
@@ -59,7 +68,7 @@ def _deviation(blocks: Tensor) -> Tensor:
 
 
 def inverted(
-    sides: Mapping[str, Sequence[Tensor]],
+    sides: Mapping[str, Sequence[Tensor | None]],
     dampings: Mapping[str, Sequence[Tensor]],
     states: Mapping[str, State],
     *,
@@ -67,15 +76,17 @@ def inverted(
 ) -> tuple[dict[str, State], Refreshed]:
     """`A_inverse` and `G_inverse` of every layer; equal sizes in one batched call.
 
-    sides: (A, G) or (A,) of each layer. dampings: [groups] each, in the same places. states: the last
-    inverses. undamped: pseudo-inverses instead.
+    sides: (A, G) or (A,) of each layer; None: not to be inverted here. dampings: [groups] each, in the same
+    places. states: the last inverses. undamped: pseudo-inverses instead.
     """
     new: dict[str, State] = {key: {} for key in sides}
     places, factors, added = [], [], []
     for key, pair in sides.items():
         for name, factor, damping in zip(("A_inverse", "G_inverse"), pair, dampings[key], strict=False):
+            if factor is None:
+                continue
             if factor.dim() == 1:
-                new[key][name] = _diagonal_inverse(factor, damping)
+                new[key][name] = diagonal_inverse(factor, damping)
                 continue
             places.append((key, name))
             factors.append(factor)
@@ -87,7 +98,7 @@ def inverted(
     return new, Refreshed(retried=result.retried + result.raised, kept_last=result.kept_last)
 
 
-def _diagonal_inverse(factor: Tensor, damping: Tensor) -> Tensor:
+def diagonal_inverse(factor: Tensor, damping: Tensor) -> Tensor:
     """1 / (f + damping) of [d]; 0 where that is not positive: a direction without curvature."""
     damped = factor + damping.to(factor.dtype)
     return torch.where(damped > 0, 1 / damped, 0.0)

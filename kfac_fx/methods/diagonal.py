@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kfac_fx.contracts import Statistics
-from kfac_fx.methods.base import KroneckerFactored, kl_clipped, moment_flops, spec, zeros
+from kfac_fx.methods.base import KroneckerFactored, zeros
 from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
 
 
@@ -39,18 +39,6 @@ class Diagonal(KroneckerFactored):
     stored: ClassVar[str] = "S: d_A d_G"
     costs: ClassVar[tuple[str, str, str]] = ("2 n d_A d_G", "none", "d_A d_G")
     shared_names: ClassVar[frozenset[str]] = frozenset()
-
-    def __post_init__(self) -> None:
-        """Refuse values without meaning, by name."""
-        super().__post_init__()
-        self._check("inverse_every", self.inverse_every == 0, "must be 0, since nothing is inverted")
-        clips = self.kl_clip is None or self.kl_clip > 0
-        self._check("kl_clip", clips, "must be positive, or None for no clipping")
-
-    @property
-    def inverse_free(self) -> bool:
-        """Yes."""
-        return True
 
     def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:
         """Zeros (the moving average is bias-corrected)."""
@@ -81,25 +69,27 @@ class Diagonal(KroneckerFactored):
         damped = squares + self.damping
         return torch.where(damped > 0, gradient.to(damped.dtype) / damped, 0.0)
 
-    def rescale(
-        self, directions: list[Tensor], gradients: list[Tensor], *, learning_rates: Tensor
-    ) -> list[Tensor]:
-        """KL clip (rule C1 of methods.md 1.8)."""
-        return kl_clipped(directions, gradients, learning_rates=learning_rates, bound=self.kl_clip)
-
     def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
-        """Statistics 2 rows d_in d_out; one division per entry."""
-        block = match.structure == "block"
+        """One vector."""
+        (squares,) = super().factors(match, dtype=dtype)
+        return (replace(squares, dim=match.numel, count=1, diagonal=True, form="squares of gradients"),)
+
+    def kept_sides(self, match: LayerMatch) -> tuple[str, ...]:
+        """S, or F for blocks."""
+        return self.statistics_names(match)
+
+    def statistics_flops(self, match: LayerMatch, side: str) -> int:
+        """2 rows d_in d_out; of a lookup one row of d_out."""
+        if side == "F":
+            return super().statistics_flops(match, side)
         size = match.groups * match.d_out * match.d_in
         per_row = size // match.d_in if match.structure == "diagonal" else 2 * size
-        squares = spec(
-            self,
-            match,
-            "F" if block else "S",
-            dtype=dtype,
-            statistics=moment_flops(match, "F") if block else match.num_passes * match.rows * per_row,
-            refresh=0,
-            apply=match.numel,
-            form="squares of gradients",
-        )
-        return (replace(squares, dim=match.numel, count=1, diagonal=True),)
+        return match.num_passes * match.rows * per_row
+
+    def refresh_flops(self, match: LayerMatch, side: str) -> int:
+        """None."""
+        return 0
+
+    def apply_flops(self, match: LayerMatch, side: str) -> int:
+        """One division per entry."""
+        return match.numel

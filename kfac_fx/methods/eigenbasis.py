@@ -62,8 +62,3 @@ def solved_in_basis(state: State, gradient: Tensor, damped: Tensor) -> Tensor:
     rotated = rotated if q_a is None else rotated @ q_a
     solved = q_g @ torch.where(damped > 0, rotated / damped, 0.0)
     return solved if q_a is None else solved @ q_a.mT
-
-
-def eigen_flops(sizes: Sequence[int]) -> int:
-    """Nominal FLOPs of a symmetric eigendecomposition: 9 d^3 per matrix, none for a vector."""
-    return 0 if len(sizes) == 1 else sizes[0] * 9 * sizes[1] ** 3

@@ -7,28 +7,19 @@ George et al. 2018, "Fast Approximate Natural Gradient Descent in a Kronecker-fa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kfac_fx.contracts import Statistics
-from kfac_fx.methods.base import (
-    KroneckerFactored,
-    apply_flops,
-    averaged,
-    factor_shapes,
-    identity,
-    kl_clipped,
-    moment_flops,
-    spec,
-    zeros,
-)
-from kfac_fx.methods.damping import damped_blocks
-from kfac_fx.methods.eigenbasis import decomposed, eigen_flops, outer, solved_in_basis
+from kfac_fx.methods.base import KroneckerFactored, averaged, identity, zeros
+from kfac_fx.methods.costs import eigen_flops, factor_shapes, moment_flops, rotation_flops
+from kfac_fx.methods.damping import inverted_blocks
+from kfac_fx.methods.eigenbasis import decomposed, outer, solved_in_basis
 from kfac_fx.methods.kfac import joined_sides, solved_blocks
-from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
+from kfac_fx.types import LayerMatch, Refreshed, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +54,6 @@ class EKFAC(KroneckerFactored):
         """Refuse values without meaning, by name."""
         super().__post_init__()
         self._check("scale_decay", 0 <= self.scale_decay < 1, "must lie in [0, 1)")
-        clips = self.kl_clip is None or self.kl_clip > 0
-        self._check("kl_clip", clips, "must be positive, or None for no clipping")
 
     def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:
         """Zero factors and identity bases, none for a diagonal A; S is zero. Blocks as in K-FAC."""
@@ -103,11 +92,7 @@ class EKFAC(KroneckerFactored):
         self, states: Mapping[str, State], *, counts: Mapping[str, int]
     ) -> tuple[dict[str, State], Refreshed]:
         """New bases of all factors, equal sizes in one batched call; S = l_G l_A^T."""
-        blocks = {key: state["F"] for key, state in states.items() if "F" in state}
-        new: dict[str, State] = {
-            key: {"F_inverse": damped_blocks("tikhonov", self.damping, f)} for key, f in blocks.items()
-        }
-        rest = {key: state for key, state in states.items() if key not in blocks}
+        new, rest = inverted_blocks("tikhonov", self.damping, states)
         changed, refreshed = decomposed({key: joined_sides(s) for key, s in rest.items()}, rest)
         for key, tensors in changed.items():
             scale = outer(tensors.pop("G_eigenvalues"), tensors.pop("A_eigenvalues"))
@@ -120,45 +105,31 @@ class EKFAC(KroneckerFactored):
             return solved_blocks(state["F_inverse"], gradient)
         return solved_in_basis(state, gradient, state["S"] + self.damping)
 
-    def rescale(
-        self, directions: list[Tensor], gradients: list[Tensor], *, learning_rates: Tensor
-    ) -> list[Tensor]:
-        """KL clip (rule C1 of methods.md 1.8)."""
-        return kl_clipped(directions, gradients, learning_rates=learning_rates, bound=self.kl_clip)
+    def kept_sides(self, match: LayerMatch) -> tuple[str, ...]:
+        """F, or A, G and S."""
+        sides = super().kept_sides(match)
+        return sides if match.structure == "block" else (*sides, "S")
 
-    def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
-        """Statistics 2 rows d^2; eigenvectors 9 d^3; applying is two rotations per side and one division."""
-        shapes = factor_shapes(match)
-        sides = ("F",) if match.structure == "block" else ("A", "G")
-        specs = [
-            spec(
-                self,
-                match,
-                side,
-                dtype=dtype,
-                statistics=moment_flops(match, side),
-                refresh=2 * shapes[side][0] if side == "F" else eigen_flops(shapes[side]),
-                apply=apply_flops(match, side) * (2 if len(shapes[side]) > 1 and side != "F" else 1),
-            )
-            for side in sides
-        ]
-        if match.structure != "block":
-            specs.append(self._scale_spec(match, dtype))
-        return tuple(specs)
-
-    def _scale_spec(self, match: LayerMatch, dtype: torch.dtype) -> FactorSpec:
-        """S: rotated rows, gradients of examples, squares."""
-        size = match.groups * match.d_out * match.d_in
+    def statistics_flops(self, match: LayerMatch, side: str) -> int:
+        """Second moments; of S the rotated rows, gradients of examples, squares."""
+        if side != "S":
+            return super().statistics_flops(match, side)
         rotated = sum(moment_flops(match, side) for side in ("A", "G"))
         per_pass = match.rows if match.structure == "diagonal" else 2 * match.groups * match.rows * match.d_in
-        scale = spec(
-            self,
-            match,
-            "S",
-            dtype=dtype,
-            statistics=rotated + match.num_passes * per_pass * match.d_out,
-            refresh=size,
-            apply=size,
-            form="squares of projected gradients",
-        )
-        return replace(scale, dim=size, count=1, diagonal=True)
+        return rotated + match.num_passes * per_pass * match.d_out
+
+    def refresh_flops(self, match: LayerMatch, side: str) -> int:
+        """Eigenvectors 9 d^3; of S one product per entry, of a block two operations."""
+        if side == "S":
+            return _entries(match)
+        return 2 * match.groups if side == "F" else eigen_flops(factor_shapes(match)[side])
+
+    def apply_flops(self, match: LayerMatch, side: str) -> int:
+        """Two rotations per side; of S one division per entry."""
+        if side == "S":
+            return _entries(match)
+        return super().apply_flops(match, side) if side == "F" else rotation_flops(match, side)
+
+
+def _entries(match: LayerMatch) -> int:
+    return match.groups * match.d_out * match.d_in

@@ -13,18 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kfac_fx.methods.base import (
-    KroneckerFactored,
-    apply_flops,
-    factor_shapes,
-    identity,
-    moment_flops,
-    spec,
-    zeros,
-)
+from kfac_fx.methods.base import KroneckerFactored, identity, zeros
+from kfac_fx.methods.costs import factor_shapes
 from kfac_fx.methods.damping import inverted
-from kfac_fx.methods.kfac import inverse_flops
-from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
+from kfac_fx.types import LayerMatch, Refreshed, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +69,9 @@ class FOOF(KroneckerFactored):
         gradient = gradient.to(inverse.dtype)
         return gradient * inverse if inverse.dim() == 1 else gradient @ inverse
 
-    def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
-        """Statistics 2 rows d^2, Cholesky inverse d^3, apply 2 d^2 d_out."""
-        return (
-            spec(
-                self,
-                match,
-                "A",
-                dtype=dtype,
-                statistics=moment_flops(match, "A"),
-                refresh=inverse_flops(factor_shapes(match)["A"]),
-                apply=apply_flops(match, "A"),
-            ),
-        )
+    def kept_sides(self, match: LayerMatch) -> tuple[str, ...]:
+        """A."""
+        return ("A",)
 
 
 def _spread(damping: float, factor: Tensor) -> Tensor:

@@ -15,20 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.linalg import join_orientations
-from kfac_fx.methods.base import (
-    KroneckerFactored,
-    apply_flops,
-    factor_shapes,
-    identity,
-    kl_clipped,
-    moment_flops,
-    spec,
-    two_sided,
-    zeros,
+from kfac_fx.methods.base import KroneckerFactored, identity, two_sided, zeros
+from kfac_fx.methods.costs import eigen_flops, factor_shapes, rotation_flops
+from kfac_fx.methods.damping import RULES, inverted, inverted_blocks, paired_dampings, scale
+from kfac_fx.methods.eigenbasis import decomposed, outer, solved_in_basis
+from kfac_fx.types import LayerMatch, QuadraticSettings, Refreshed, State
+
+_QUADRATIC = (
+    "adaptive_damping",
+    "adaptive_gamma",
+    "l2",
+    "model_momentum",
+    "adapt_every",
+    "adapt_rate",
+    "damping_bounds",
+    "gamma_every",
 )
-from kfac_fx.methods.damping import RULES, damped_blocks, inverted, paired_dampings, scale
-from kfac_fx.methods.eigenbasis import decomposed, eigen_flops, outer, solved_in_basis
-from kfac_fx.types import FactorSpec, LayerMatch, QuadraticSettings, Refreshed, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,11 @@ class KFAC(KroneckerFactored):
     methods.md 1.8) in place of kl_clip, the learning rate and the optimizer's momentum. model_momentum: with
     it, let the last update take part. l2: eta of the objective loss + eta/2 |theta|^2, units of lambda.
     adaptive_damping: with it, every adapt_every steps multiply or divide lambda by adapt_rate^adapt_every
-    (Levenberg-Marquardt), within damping_bounds.
+    (Levenberg-Marquardt), within damping_bounds. adaptive_gamma: with the quadratic model and the rule
+    "factored", adapt gamma of A + pi gamma I and G + gamma/pi I apart from lambda, where it is else
+    sqrt(lambda + eta): every gamma_every steps, a multiple of inverse_every, try gamma, w gamma and gamma/w,
+    w = sqrt(adapt_rate)^gamma_every, and keep the one whose update has the least quadratic model. Those steps
+    refresh and precondition three times; gamma^2 stays within damping_bounds.
     """
 
     damping: float = 0.03
@@ -63,6 +69,8 @@ class KFAC(KroneckerFactored):
     adapt_every: int = 5
     adapt_rate: float = 19 / 20
     damping_bounds: tuple[float, float] = (1e-8, math.inf)
+    adaptive_gamma: bool = False
+    gamma_every: int = 20
 
     name: ClassVar[str] = "kfac"
     paper: ClassVar[str] = "Martens & Grosse 2015 (arXiv:1503.05671)"
@@ -79,28 +87,34 @@ class KFAC(KroneckerFactored):
         """Refuse values without meaning, by name."""
         super().__post_init__()
         self._check("damping_rule", self.damping_rule in RULES, f"must be one of {', '.join(RULES)}")
-        clips = self.kl_clip is None or self.kl_clip > 0
-        self._check("kl_clip", clips, "must be positive, or None for no clipping")
         self._check_quadratic()
 
     def _check_quadratic(self) -> None:
         rules = ("tikhonov", "factored", "sqrt")
         least, largest = self.damping_bounds
         for name, holds, rule in (
-            ("adapt_every", self.adapt_every >= 1, "must be at least 1"),
             ("adapt_rate", 0 < self.adapt_rate < 1, "must lie in (0, 1)"),
             ("damping_bounds", 0 < least <= largest, "must be positive and in order"),
             ("l2", 0 <= self.l2 < math.inf, "must be finite and not negative"),
         ):
             self._check(name, holds, rule)
         if not self.quadratic_model:
-            for name in ("adaptive_damping", "l2"):
-                self._check(name, not getattr(self, name), "needs quadratic_model=True")
+            for name in _QUADRATIC:
+                idle = getattr(self, name) == getattr(KFAC, name)
+                self._check(name, idle, "needs quadratic_model=True")
             return
+        clips = self.kl_clip not in (None, KFAC.kl_clip)
+        self._check("kl_clip", not clips, "has no effect with quadratic_model=True")
         known = self.damping_rule in rules
         self._check("damping_rule", known, f"quadratic_model=True needs one of {', '.join(rules)}")
-        adds = self.damping > 0 or not (self.l2 or self.adaptive_damping)
-        self._check("damping", adds, "must be positive with l2 or adaptive_damping")
+        adds = self.damping > 0 or not (self.l2 or self.adaptive_damping or self.adaptive_gamma)
+        self._check("damping", adds, "must be positive with l2, adaptive_damping or adaptive_gamma")
+        if self.adaptive_gamma:
+            factored = self.damping_rule == "factored"
+            self._check("damping_rule", factored, 'adaptive_gamma=True needs "factored"')
+            fits = self.gamma_every % self.inverse_every == 0
+            rule = f"adaptive_gamma=True needs a multiple of inverse_every={self.inverse_every}"
+            self._check("gamma_every", fits, rule)
 
     @property
     def quadratic(self) -> QuadraticSettings | None:
@@ -113,11 +127,13 @@ class KFAC(KroneckerFactored):
             adapt_every=self.adapt_every if self.adaptive_damping else 0,
             adapt_factor=self.adapt_rate**self.adapt_every,
             damping_bounds=self.damping_bounds,
+            gamma_every=self.gamma_every if self.adaptive_gamma else 0,
+            gamma_factor=self.adapt_rate**self.gamma_every,
         )
 
     def damped(self, damping: float) -> KFAC:
-        """This method with lambda + eta in place of lambda."""
-        return replace(self, damping=damping + self.l2)
+        """This method with lambda + eta, or gamma^2, in place of lambda."""
+        return replace(self, damping=damping)
 
     def base_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """SGD with momentum; without, and lr 1, where the quadratic model gives the whole update."""
@@ -154,9 +170,7 @@ class KFAC(KroneckerFactored):
         self, states: Mapping[str, State], *, damping: float | Tensor
     ) -> tuple[dict[str, State], Refreshed]:
         """What `refresh` returns, for this lambda: a number or a 0-dim tensor, positive if the setting is."""
-        blocks = {key: state["F"] for key, state in states.items() if "F" in state}
-        new = {key: {"F_inverse": damped_blocks(self._rule, damping, f)} for key, f in blocks.items()}
-        rest = {key: state for key, state in states.items() if key not in blocks}
+        new, rest = inverted_blocks(self._rule, damping, states)
         sides = {key: self.sides(state) for key, state in rest.items()}
         if self.keeps_eigenvectors:
             changed, refreshed = decomposed(sides, rest)
@@ -196,27 +210,22 @@ class KFAC(KroneckerFactored):
         self, directions: list[Tensor], gradients: list[Tensor], *, learning_rates: Tensor
     ) -> list[Tensor]:
         """KL clip (rule C1 of methods.md 1.8); as they are for the quadratic model."""
-        bound = None if self.quadratic_model else self.kl_clip
-        return kl_clipped(directions, gradients, learning_rates=learning_rates, bound=bound)
+        if self.quadratic_model:
+            return directions
+        return super().rescale(directions, gradients, learning_rates=learning_rates)
 
-    def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
-        """Statistics 2 rows d^2, Cholesky inverse d^3, apply 2 d^2 times the other side; with eigenvectors 9
-        d^3 and twice that.
-        """
-        eigen = self.keeps_eigenvectors and match.structure != "block"
-        shapes = factor_shapes(match)
-        return tuple(
-            spec(
-                self,
-                match,
-                side,
-                dtype=dtype,
-                statistics=moment_flops(match, side),
-                refresh=eigen_flops(shapes[side]) if eigen else inverse_flops(shapes[side]),
-                apply=apply_flops(match, side) * (2 if eigen and len(shapes[side]) > 1 else 1),
-            )
-            for side in (("F",) if match.structure == "block" else ("A", "G"))
-        )
+    def _rotates(self, match: LayerMatch) -> bool:
+        return self.keeps_eigenvectors and match.structure != "block"
+
+    def refresh_flops(self, match: LayerMatch, side: str) -> int:
+        """Cholesky inverse d^3, or eigenvectors 9 d^3."""
+        if self._rotates(match):
+            return eigen_flops(factor_shapes(match)[side])
+        return super().refresh_flops(match, side)
+
+    def apply_flops(self, match: LayerMatch, side: str) -> int:
+        """2 d^2 times the other side; twice that with eigenvectors."""
+        return rotation_flops(match, side) if self._rotates(match) else super().apply_flops(match, side)
 
 
 def joined_sides(state: State) -> tuple[Tensor, Tensor]:
@@ -230,8 +239,3 @@ def joined_sides(state: State) -> tuple[Tensor, Tensor]:
 def solved_blocks(inverse: Tensor, gradient: Tensor) -> Tensor:
     """F^-1 grad per channel. inverse: [channels, k, k]; gradient: [channels, k]."""
     return (inverse @ gradient.to(inverse.dtype).unsqueeze(-1)).squeeze(-1)
-
-
-def inverse_flops(sizes: tuple[int, ...]) -> int:
-    """FLOPs of an inverse through Cholesky: d^3 per matrix."""
-    return 2 * sizes[0] if len(sizes) == 1 else sizes[0] * sizes[1] ** 3

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kfac_fx.contracts import Statistics
 from kfac_fx.methods.base import identity, zeros
+from kfac_fx.methods.costs import inverse_flops
 from kfac_fx.methods.damping import scale
-from kfac_fx.methods.kfac import KFAC, inverse_flops
+from kfac_fx.methods.kfac import KFAC
 from kfac_fx.spectrum import largest_eigenvalue
 from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
 

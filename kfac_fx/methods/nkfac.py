@@ -16,17 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.linalg import add_diagonal, join_orientations
-from kfac_fx.methods.base import (
-    KroneckerFactored,
-    apply_flops,
-    factor_shapes,
-    identity,
-    moment_flops,
-    norm_recovered,
-    spec,
-    two_sided,
-    zeros,
-)
+from kfac_fx.methods.base import KroneckerFactored, identity, norm_recovered, two_sided, zeros
+from kfac_fx.methods.costs import factor_shapes
+from kfac_fx.methods.damping import diagonal_inverse
 from kfac_fx.newton import (
     GUARDS,
     exact_inverse,
@@ -36,7 +28,7 @@ from kfac_fx.newton import (
     relative_damping,
     symmetrised,
 )
-from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
+from kfac_fx.types import LayerMatch, Refreshed, State
 
 _TINY = 1e-12
 
@@ -47,7 +39,7 @@ class _Job:
     """One factor to invert. exact: by LU, else by Newton steps from `last`."""
 
     key: str
-    name: str
+    side: str
     factor: Tensor
     last: Tensor
     exact: bool
@@ -61,7 +53,8 @@ class NKFAC(KroneckerFactored):
     since no scale of a factor matters. damping: of each factor, as a share of its largest eigenvalue.
     damping_floor: least damping, in units of the averaged factors (whose Frobenius norm is at most 1).
     newton_steps: per refresh. exact_every: refreshes between two inversions by LU; the first three are exact
-    too. guard: the norm that decides on a full step, "frobenius" (published) or "spectral" (does not stall
+    too, and the next one of a factor whose Newton step was not finite (until then it keeps its inverse).
+    guard: the norm that decides on a full step, "frobenius" (published) or "spectral" (does not stall
     where many small errors make a large Frobenius norm; costs 20 products with a vector more per norm).
     """
 
@@ -82,16 +75,14 @@ class NKFAC(KroneckerFactored):
         "4 (d_A^3 + d_G^3) + 40 (d_A^2 + d_G^2)",
         "2 d_A d_G (d_A + d_G)",
     )
-    shared_names: ClassVar[frozenset[str]] = frozenset({"A", "A_inverse"})
+    shared_names: ClassVar[frozenset[str]] = frozenset({"A", "A_inverse", "A_kept"})
 
     def __post_init__(self) -> None:
         """Refuse values without meaning, by name."""
         super().__post_init__()
         self._check("decay", self.decay < 1, "must lie in [0, 1); at 1 the averages would stay zero")
         self._check("damping_floor", 0 <= self.damping_floor < math.inf, "must be finite and not negative")
-        self._check("newton_steps", self.newton_steps >= 1, "must be at least 1")
-        self._check("exact_every", self.exact_every >= 1, "must be at least 1")
-        self._check("guard", self.guard in GUARDS, f"must be one of {', '.join(map(repr, GUARDS))}")
+        self._check("guard", self.guard in tuple(GUARDS), f"must be one of {', '.join(map(repr, GUARDS))}")
 
     def base_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """SGD with the settings published for CIFAR: weight decay is added after preconditioning."""
@@ -104,12 +95,15 @@ class NKFAC(KroneckerFactored):
         return f"{self.name}, as published, leaves scales and shifts to the base optimizer"
 
     def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:
-        """Zero averages and identity inverses. A tied weight keeps one pair for both orientations."""
-        shapes = factor_shapes(match)
-        state = zeros({side: shapes[side] for side in ("A", "G")}, dtype=dtype, device=device)
-        for side in ("A", "G"):
-            state[f"{side}_inverse"] = identity(shapes[side], dtype=dtype, device=device)
-        return state
+        """Zero averages and identity inverses. A tied weight keeps one pair for both orientations.
+
+        A_kept, G_kept: [groups], 1 where the last refresh kept the inverse; none for a diagonal A.
+        """
+        sizes = {side: factor_shapes(match)[side] for side in ("A", "G")}
+        state = zeros(sizes, dtype=dtype, device=device)
+        state |= {f"{s}_inverse": identity(shape, dtype=dtype, device=device) for s, shape in sizes.items()}
+        flags = {f"{side}_kept": shape[:1] for side, shape in sizes.items() if len(shape) > 1}
+        return state | zeros(flags, dtype=dtype, device=device)
 
     def fold(self, state: State, batch: State, *, weight: Tensor, inverse_scale: Tensor) -> State:
         """Averages move by (1 - decay) (x / (||x||_F + 1e-12) - average), per group (methods.md 5.2).
@@ -133,40 +127,46 @@ class NKFAC(KroneckerFactored):
     def refresh(
         self, states: Mapping[str, State], *, counts: Mapping[str, int]
     ) -> tuple[dict[str, State], Refreshed]:
-        """Approximate inverses of all damped factors; matrices of one size are one batched call."""
+        """Approximate inverses of all damped factors; matrices of one size are one batched call.
+
+        Nothing that is computed here is read on the host. What the refresh before has kept is, once: it was
+        done before the loss of this step, which the step has read.
+        """
         new: dict[str, State] = {key: {} for key in states}
         groups: dict[tuple[int, torch.dtype, torch.device, bool], list[_Job]] = {}
         for job in self._jobs(states, counts):
             if job.factor.dim() == 1:
-                new[job.key][job.name] = 1 / (job.factor + self._damping(job.factor))
+                new[job.key][f"{job.side}_inverse"] = diagonal_inverse(job.factor, self._damping(job.factor))
                 continue
             kind = (job.factor.shape[-1], job.factor.dtype, job.factor.device, job.exact)
             groups.setdefault(kind, []).append(job)
-        kept: int | Tensor = 0
+        total: int | Tensor = 0
         for jobs in groups.values():
-            inverses, kept_here = self._inverses(jobs)
-            kept = kept + kept_here
-            for job, inverse in zip(jobs, inverses, strict=True):
-                new[job.key][job.name] = inverse
-        return new, Refreshed(retried=0, kept_last=kept)
+            inverses, kept = self._inverses(jobs)
+            total = total + kept.sum()
+            sizes = [job.factor.shape[0] for job in jobs]
+            for job, inverse, flags in zip(jobs, inverses.split(sizes), kept.split(sizes), strict=True):
+                new[job.key] |= {f"{job.side}_inverse": inverse, f"{job.side}_kept": flags.to(inverse.dtype)}
+        return new, Refreshed(retried=0, kept_last=total)
 
     def _jobs(self, states: Mapping[str, State], counts: Mapping[str, int]) -> list[_Job]:
         """Every factor once, also if several layers read it; exact if any of them asks for it."""
         jobs: dict[int, _Job] = {}
+        kept = _kept(states)
         for key, state in states.items():
             exact = counts[key] < 3 or counts[key] % self.exact_every == 0
             for side in ("A", "G"):
-                factor, name = state[side], f"{side}_inverse"
+                factor = state[side]
                 earlier = jobs.get(id(factor))
-                exact_here = exact or (earlier is not None and earlier.exact)
+                exact_here = exact or (key, side) in kept or (earlier is not None and earlier.exact)
                 owner = key if earlier is None else earlier.key
                 jobs[id(factor)] = _Job(
-                    key=owner, name=name, factor=factor, last=state[name], exact=exact_here
+                    key=owner, side=side, factor=factor, last=state[f"{side}_inverse"], exact=exact_here
                 )
         return list(jobs.values())
 
-    def _inverses(self, jobs: list[_Job]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Inverses of factors of one size, and how many kept the last one (0-dim, on the device)."""
+    def _inverses(self, jobs: list[_Job]) -> tuple[Tensor, Tensor]:
+        """Inverses of factors of one size, and which kept the last one."""
         factors, last = torch.cat([job.factor for job in jobs]), torch.cat([job.last for job in jobs])
         with full_float32(factors.device):
             damped = add_diagonal(factors, self._damping(factors))
@@ -174,8 +174,7 @@ class NKFAC(KroneckerFactored):
                 found = exact_inverse(damped)
             else:
                 found = newton_inverse(damped, last, steps=self.newton_steps, guard=self.guard)
-        inverses, kept = kept_where_not_finite(symmetrised(found), last)
-        return inverses.split([job.factor.shape[0] for job in jobs]), kept
+        return kept_where_not_finite(symmetrised(found), last)
 
     def _damping(self, factor: Tensor) -> Tensor:
         return relative_damping(factor, relative=self.damping, floor=self.damping_floor)
@@ -190,25 +189,8 @@ class NKFAC(KroneckerFactored):
         """The length of each layer's gradient (rule C2 of methods.md 1.8)."""
         return norm_recovered(directions, gradients)
 
-    def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
-        """Statistics 2 rows d^2; refresh 4 d^3 per Newton step and 40 d^2 for the damping: methods.md 5.7."""
-        return tuple(
-            spec(
-                self,
-                match,
-                side,
-                dtype=dtype,
-                statistics=moment_flops(match, side),
-                refresh=self._refresh_flops(match, side),
-                apply=apply_flops(match, side),
-            )
-            for side in ("A", "G")
-        )
-
-    def _refresh_flops(self, match: LayerMatch, side: str) -> int:
-        """A factor that another layer owns is inverted there."""
-        if side == "A" and match.shared_a != match.key:
-            return 0
+    def refresh_flops(self, match: LayerMatch, side: str) -> int:
+        """4 d^3 per Newton step and 40 d^2 for the damping: methods.md 5.7."""
         sizes = factor_shapes(match)[side]
         if len(sizes) == 1:
             return 2 * sizes[0]
@@ -220,8 +202,10 @@ class NKFAC(KroneckerFactored):
 class AdaNKFAC(NKFAC):
     """NKFAC whose preconditioned gradients go to AdamW, with statistics and inverses five times as rare.
 
-    Settings are those of `NKFAC`. The base optimizer has no weight decay: with none, torch's AdamW is the
-    published update (which divides the decay by Adam's first bias correction; torch does not).
+    Settings are those of `NKFAC`. The base optimizer has rate 1e-3, that of the paper's AdamW baselines
+    (methods.md section 12); the published class has 0.1 in its constructor, an untuned default. It has no
+    weight decay, as published: with none, torch's AdamW is the published update (which divides the decay by
+    Adam's first bias correction; torch does not).
     """
 
     statistics_every: int = 100
@@ -232,6 +216,21 @@ class AdaNKFAC(NKFAC):
     def base_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """AdamW without weight decay."""
         return torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+
+def _kept(states: Mapping[str, State]) -> set[tuple[str, str]]:
+    """(layer, side) of the factors whose last refresh kept the inverse, with one read on the host."""
+    flags = {
+        (key, side): state[name].amax()
+        for key, state in states.items()
+        for side in ("A", "G")
+        if (name := f"{side}_kept") in state
+    }
+    if not flags:
+        return set()
+    first = next(iter(flags.values()))
+    read = torch.stack([flag.to(first) for flag in flags.values()]).tolist()
+    return {place for place, value in zip(flags, read, strict=True) if value}
 
 
 def _joined(moments: State) -> tuple[Tensor, Tensor]:

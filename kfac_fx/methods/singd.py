@@ -14,16 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.linalg import join_orientations, mean_eigenvalue
-from kfac_fx.methods.base import (
-    KroneckerFactored,
-    apply_flops,
-    factor_shapes,
-    identity,
-    moment_flops,
-    spec,
-    zeros,
-)
-from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
+from kfac_fx.methods.base import KroneckerFactored, identity, zeros
+from kfac_fx.methods.costs import factor_shapes
+from kfac_fx.types import LayerMatch, Refreshed, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +51,8 @@ class SINGD(KroneckerFactored):
     def __post_init__(self) -> None:
         """Refuse values without meaning, by name."""
         super().__post_init__()
-        self._check("inverse_every", self.inverse_every == 0, "must be 0, since nothing is inverted")
         self._check("alpha1", 0 <= self.alpha1 < 1, "must lie in [0, 1)")
         self._check("lr_cov", 0 < self.lr_cov <= 1, "must lie in (0, 1]")
-
-    @property
-    def inverse_free(self) -> bool:
-        """Yes."""
-        return True
 
     @property
     def traces_weigh(self) -> bool:
@@ -144,20 +131,17 @@ class SINGD(KroneckerFactored):
         half = g_root @ (g_root.mT @ gradient.to(g_root.dtype))
         return half * a_root**2 if a_root.dim() == 1 else (half @ a_root) @ a_root.mT
 
-    def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
-        """Statistics 2 rows d^2 and four products of d^3 to move the root; applying is two products."""
-        return tuple(
-            spec(
-                self,
-                match,
-                side,
-                dtype=dtype,
-                statistics=moment_flops(match, side) + _update_flops(factor_shapes(match)[side]),
-                refresh=0,
-                apply=2 * apply_flops(match, side),
-            )
-            for side in ("A", "G")
-        )
+    def statistics_flops(self, match: LayerMatch, side: str) -> int:
+        """Second moments, and four products of d^3 to move the root."""
+        return super().statistics_flops(match, side) + _update_flops(factor_shapes(match)[side])
+
+    def refresh_flops(self, match: LayerMatch, side: str) -> int:
+        """None."""
+        return 0
+
+    def apply_flops(self, match: LayerMatch, side: str) -> int:
+        """Two products per side."""
+        return 2 * super().apply_flops(match, side)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from kfac_fx import woodbury
 from kfac_fx.contracts import Statistics
-from kfac_fx.linalg import damped_inverses, mean_eigenvalue
+from kfac_fx.linalg import mean_eigenvalue
 from kfac_fx.methods import thin
-from kfac_fx.methods.base import KroneckerFactored, averaged, factor_shapes, kl_clipped, moment_flops, spec
-from kfac_fx.methods.damping import paired_dampings
+from kfac_fx.methods.base import KroneckerFactored, zeros
+from kfac_fx.methods.costs import factor_shapes, spec
+from kfac_fx.methods.damping import inverted, paired_dampings
 from kfac_fx.methods.thin import Rows, Side, Strategy
 from kfac_fx.rows import drawn_positions
 from kfac_fx.types import FactorSpec, LayerMatch, Refreshed, State
@@ -36,17 +37,19 @@ class SKFAC(KroneckerFactored):
 
     strategy: what makes the rows of a convolution few. "reduce": one row per example, inputs averaged and
     gradients summed over positions, whatever `sharing` is. "subsample": `positions` positions per example,
-    drawn with `seed` without replacement at every update, the same for the whole batch and for A and G.
-    "receptive_field": patches are summed over the kernel, A has one row and column per channel and the bias
-    its own 1x1 factor; positions are treated as `sharing` says. scale: of "reduce"; "exact", or "paper" (the
-    mean of the gradients over T positions, G smaller by T^2). Other layers keep one row per example and
-    position, or per example if `sharing` is "reduce".
+    drawn with `seed` without replacement at every update, the same for the whole batch and for A and G;
+    unbiased for the factors of sharing="expand", whatever `sharing` is. "receptive_field": patches are summed
+    over the kernel, A has one row and column per channel and the bias its own 1x1 factor; positions are
+    treated as `sharing` says. scale: of "reduce"; "exact", or "paper" (the mean of the gradients over T
+    positions, G smaller by T^2). Other layers keep one row per example and position, or per example if
+    `sharing` is "reduce".
 
     window: batches that a factor averages over, the newest with weight 1 and each older one with `decay`
-    times the next one's, weights made to sum to one; 1 as published: the newest batch alone. Factors
-    that are kept dense, since they have as many rows as columns, average over all batches if window > 1.
-    The first batch decides the form: implicit while m < d/2, a formed inverse while m < d, else dense; later
-    batches are padded or make the rows grow, to d of them at most. max_factor_dim: of formed and dense ones.
+    times the next one's, weights made to sum to one; 1 as published: the newest batch alone. A factor with as
+    many rows as columns, dense or grown, averages over all batches instead if window > 1.
+    The first batch decides the form: implicit while m < d/2, a formed inverse while m < d, else dense. Fewer
+    rows of later batches are padded. More make the rows grow, to d of them at most (with the same factor), so
+    that no form holds more than two d x d. max_factor_dim: of formed and dense ones.
     statistics_every, inverse_every: steps; the published 834 is 1/48 of an epoch of ImageNet at batch 32.
     kl_clip: bound on lr^2 <V, grad>, None for no bound, as published.
     """
@@ -65,18 +68,13 @@ class SKFAC(KroneckerFactored):
     name: ClassVar[str] = "skfac"
     paper: ClassVar[str] = "Tang et al. 2021 (CVPR)"
     stored: ClassVar[str] = "rows of A and G and their Z: 2 m (d_A + d_G); dense as kfac where m >= d"
-    costs: ClassVar[tuple[str, str, str]] = (
-        "n (d_A + d_G)",
-        "3 m^2 (d_A + d_G) + 2 m^3",
-        "8 m d_A d_G",
-    )
+    costs: ClassVar[tuple[str, str, str]] = ("n (d_A + d_G)", "3 m^2 (d_A + d_G) + 2 m^3", "8 m d_A d_G")
     shared_names: ClassVar[frozenset[str]] = frozenset({"A", "A_rows", "A_weights", "A_bias", "A_draws"})
     growing_names: ClassVar[frozenset[str]] = frozenset({"A_rows", "G_rows", "A_z", "G_z"})
 
     def __post_init__(self) -> None:
         """Refuse values without meaning, by name."""
         super().__post_init__()
-        self._check("damping", self.damping > 0, "must be positive: thin inverses divide by it")
         choices = {
             "damping_rule": ("factored", "sqrt", "full"),
             "strategy": ("reduce", "subsample", "receptive_field"),
@@ -84,10 +82,12 @@ class SKFAC(KroneckerFactored):
         }
         for name, allowed in choices.items():
             self._check(name, getattr(self, name) in allowed, f"must be one of {', '.join(allowed)}")
-        for name in ("positions", "window"):
-            self._check(name, getattr(self, name) >= 1, "must be at least 1")
-        clips = self.kl_clip is None or self.kl_clip > 0
-        self._check("kl_clip", clips, "must be positive, or None for no clipping")
+        self._check("damping", self.damping > 0, "must be positive: thin inverses divide by it")
+        averages = self.window > 1 or self.decay == SKFAC.decay
+        self._check("decay", averages, "has no effect with window=1, the newest batch alone; use window > 1")
+        for name, strategy in (("scale", "reduce"), ("positions", "subsample"), ("seed", "subsample")):
+            used = self.strategy == strategy or getattr(self, name) == getattr(SKFAC, name)
+            self._check(name, used, f"has no effect with strategy={self.strategy!r}; use {strategy!r}")
 
     def base_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """SGD as published for ImageNet at batch 32."""
@@ -113,6 +113,7 @@ class SKFAC(KroneckerFactored):
             block=rows.num,
             other=match.d_out * (match.kernel_volume if rows.by_field else 1),
             diagonal=match.structure == "diagonal",
+            corner=rows.by_field and match.bias is not None,
             **sizes,
         )
         g = Side(name="G", dim=match.d_out, block=rows.num * match.num_passes, other=match.d_in, **sizes)
@@ -123,13 +124,8 @@ class SKFAC(KroneckerFactored):
         state: State = {}
         for side in self.sides(match):
             state |= side.state(dtype=dtype, device=device)
-        if match.tied:
-            for name, sizes in factor_shapes(match).items():
-                if name.endswith("swapped"):
-                    state[name] = torch.zeros(sizes, dtype=dtype, device=device)
-        if self.rows(match).by_field and match.bias is not None:
-            state["A_bias"] = torch.zeros(match.groups, dtype=dtype, device=device)
-            state["A_bias_inverse"] = torch.ones_like(state["A_bias"])
+        swapped = {n: sizes for n, sizes in factor_shapes(match).items() if n.endswith("swapped")}
+        state |= zeros(swapped, dtype=dtype, device=device)
         if self.rows(match).subsampled:
             state["A_draws"] = torch.zeros((), dtype=torch.int64, device=device)
         return state
@@ -138,32 +134,26 @@ class SKFAC(KroneckerFactored):
         """Rows of thin sides, second moments of dense ones."""
         if match.tied:
             return super().statistics_names(match)
-        a, g = self.sides(match)
-        bias = ("A_bias",) if self.rows(match).by_field and match.bias is not None else ()
-        return (a.statistic, *bias, g.statistic)
+        return tuple(name for side in self.sides(match) for name in side.statistics)
 
     def batch_statistics(self, statistics: Statistics, names: Sequence[str], state: State) -> State:
         """Rows, or second moments, of one batch."""
-        match = statistics.match
-        if match.tied:
-            return super().batch_statistics(statistics, names, state)
-        own, by_moment = self.rows(match), match.uses[0].geometry is None
+        match, convolution = statistics.match, statistics.match.uses[0].geometry is not None
+        moments = [] if convolution else [name for name in names if not name.endswith("_rows")]
+        found = super().batch_statistics(statistics, moments, state)
+        sides = {name[0] for name in names if name not in found}
+        own = self.rows(match)
         drawn = self._drawn(statistics, state) if own.subsampled else None
-        found: State = {}
-        if "A" in names and by_moment:
-            found["A"] = statistics.input_moment()
-        elif any(name.startswith("A") for name in names):
+        if "A" in sides:
             rows = statistics.input_rows(reduced=own.reduced, positions=drawn)
             if own.by_field:
                 bias = match.bias is not None
                 rows, corner = thin.field_rows(rows, volume=match.kernel_volume, bias=bias)
                 found |= {} if corner is None else {"A_bias": corner}
             found |= thin.thin_or_dense("A", rows, names)
-        if "G" in names and by_moment:
-            found["G"] = statistics.output_moment()
-        elif any(name.startswith("G") for name in names):
+        if "G" in sides:
             rows = statistics.output_rows(reduced=own.reduced, positions=drawn)
-            if self.scale == "paper" and self.strategy == "reduce" and not by_moment:
+            if self.scale == "paper" and convolution:
                 rows = rows / sum(statistics.positions)
             found |= thin.thin_or_dense("G", rows, names)
         return found
@@ -182,16 +172,19 @@ class SKFAC(KroneckerFactored):
             return woodbury.joined_rows(first, second, weights)
         return super().join(name, first, second, weights)
 
+    def mean_over(self, match: LayerMatch, name: str) -> int:
+        """Examples where each gives one row, else rows; positions that are drawn stand for all."""
+        return match.examples if self.rows(match).reduced else match.rows
+
     def fold(self, state: State, batch: State, *, weight: Tensor, inverse_scale: Tensor) -> State:
         """Push rows into the window; average second moments (over one batch alone if the window is one)."""
-        new: State = {}
         weight = torch.ones_like(weight) if self.window == 1 else weight
-        for name, value in batch.items():
-            if not name.endswith("_rows"):
-                new[name] = averaged(state[name], value, weight)
-                continue
+        moments = {name: value for name, value in batch.items() if not name.endswith("_rows")}
+        new = super().fold(state, moments, weight=weight, inverse_scale=inverse_scale)
+        for name in (name for name in batch if name not in moments):
             weights = name.removesuffix("rows") + "weights"
-            new[name], new[weights] = woodbury.pushed(state[name], state[weights], value, decay=self.decay)
+            pushed = woodbury.pushed(state[name], state[weights], batch[name], decay=self.decay)
+            new[name], new[weights] = pushed
         if "A_draws" in state and any(name.startswith("A") for name in batch):
             new["A_draws"] = state["A_draws"] + 1
         return new
@@ -200,75 +193,45 @@ class SKFAC(KroneckerFactored):
         self, states: Mapping[str, State], *, counts: Mapping[str, int]
     ) -> tuple[dict[str, State], Refreshed]:
         """Z of thin sides and inverses of dense ones, equal sizes in one batched call."""
-        new: dict[str, State] = {key: {} for key in states}
-        thin_sides: list[tuple[str, str, Tensor, Tensor]] = []
-        dense_sides: list[tuple[str, str, Tensor, Tensor]] = []
-        for key, state in states.items():
-            factors = thin.current_factors(state)
-            for name, damping in zip("AG", self._dampings(state, factors), strict=True):
-                factor = factors[name]
-                if f"{name}_rows" in state:
-                    thin_sides.append((key, name, factor, damping))
-                elif factor.dim() == 1:
-                    new[key][f"{name}_inverse"] = 1 / (factor + damping)
-                else:
-                    dense_sides.append((key, name, factor, damping))
-                if name == "A" and "A_bias" in state:
-                    new[key]["A_bias_inverse"] = 1 / (state["A_bias"] + damping)
-        kept = thin.refresh_sides(states, new, thin_sides)
-        last = [states[key][f"{name}_inverse"] for key, name, _, _ in dense_sides]
-        result = damped_inverses([s[2] for s in dense_sides], [s[3] for s in dense_sides], last=last)
-        for (key, name, _, _), inverse in zip(dense_sides, result.inverses, strict=True):
-            new[key][f"{name}_inverse"] = inverse
-        return new, Refreshed(retried=result.retried, kept_last=kept + result.kept_last)
+        factors = {key: thin.current_factors(state) for key, state in states.items()}
+        dampings = {key: self._dampings(states[key], pair) for key, pair in factors.items()}
+        dense = {
+            key: [None if f"{name}_rows" in states[key] else f for name, f in zip("AG", pair, strict=True)]
+            for key, pair in factors.items()
+        }
+        new, refreshed = inverted(dense, dampings, states, undamped=False)
+        kept = thin.refresh_sides(states, new, factors, dampings)
+        return new, replace(refreshed, kept_last=refreshed.kept_last + kept)
 
-    def _dampings(self, state: State, factors: State) -> tuple[Tensor, Tensor]:
+    def _dampings(self, state: State, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(gamma_A, gamma_G) per group, in the precision of the state: rules D1 to D3 of methods.md 1.6."""
         means = [
-            woodbury.mean_eigenvalue_of_rows(factors[name])
-            if f"{name}_rows" in state
-            else mean_eigenvalue(factors[name]).double()
-            for name in "AG"
+            woodbury.mean_eigenvalue_of_rows(f) if f"{name}_rows" in state else mean_eigenvalue(f).double()
+            for name, f in zip("AG", factors, strict=True)
         ]
-        gammas = paired_dampings(self.damping_rule, self.damping, *means)
-        return gammas[0].to(factors["A"].dtype), gammas[1].to(factors["G"].dtype)
+        a, g = paired_dampings(self.damping_rule, self.damping, *means)
+        return a.to(factors[0].dtype), g.to(factors[1].dtype)
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
         """V = G^-1 grad A^-1, each side in the form that the state holds."""
-        half = thin.applied_left(state, gradient)
-        if thin.side_length(state) == gradient.shape[-1]:
-            return thin.applied_right(state, half)
-        return thin.applied_to_channels(state, half)
-
-    def rescale(
-        self, directions: list[Tensor], gradients: list[Tensor], *, learning_rates: Tensor
-    ) -> list[Tensor]:
-        """As they are, or the KL clip (rule C1 of methods.md 1.8)."""
-        return kl_clipped(directions, gradients, learning_rates=learning_rates, bound=self.kl_clip)
+        return thin.applied_right(state, thin.applied_left(state, gradient))
 
     def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
         """Costs of methods.md 16.6 by the form of each side."""
-        specs = []
-        for side in self.sides(match):
-            collects = moment_flops(match, side.name)
-            if side.thin or match.uses[0].geometry is not None:
-                collects = self._rows_flops(match, side)
-            base = spec(
-                self,
-                match,
-                side.name,
-                dtype=dtype,
-                statistics=collects,
-                refresh=side.refresh_flops,
-                apply=side.apply_flops,
-                form=f"{side.form} inverse of rows" if side.thin else None,
-                columns=side.columns if side.thin else None,
+        return tuple(
+            replace(
+                spec(
+                    self,
+                    match,
+                    side.name,
+                    dtype=dtype,
+                    statistics=side.statistics_flops(match),
+                    refresh=side.refresh_flops,
+                    apply=side.apply_flops,
+                    form=f"{side.form} inverse of rows" if side.thin else None,
+                    columns=side.columns if side.thin else None,
+                ),
+                dim=side.dim,
             )
-            specs.append(replace(base, dim=side.dim))
-        return tuple(specs)
-
-    def _rows_flops(self, match: LayerMatch, side: Side) -> int:
-        """One addition for every entry of the rows, and 2 m d^2 where they are multiplied."""
-        a = side.name == "A"
-        entries = match.rows * (match.d_in if a else match.num_passes * match.d_out)
-        return match.groups * (entries + (0 if side.thin else 2 * side.block * side.dim**2))
+            for side in self.sides(match)
+        )

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kfac_fx import woodbury
 from kfac_fx.linalg import join_orientations
-from kfac_fx.methods.base import identity
+from kfac_fx.methods.base import identity, zeros
+from kfac_fx.methods.costs import moment_flops
 from kfac_fx.rows import kernel_sums
 from kfac_fx.types import LayerMatch, State
 
@@ -61,7 +62,7 @@ class Side:
 
     name: "A" or "G". dim: d, the side length of the factor (the length of the vector). groups: how many such
     factors. block: rows of one batch. window: blocks kept. other: rows (for "A") or columns (for "G") of the
-    gradient that the inverse is applied to, per group.
+    gradient that the inverse is applied to, per group. corner: whether the bias has its own 1x1 factor.
     """
 
     name: Literal["A", "G"]
@@ -72,6 +73,7 @@ class Side:
     other: int
     diagonal: bool = False
     dense: bool = False
+    corner: bool = False
 
     @property
     def columns(self) -> int:
@@ -93,24 +95,32 @@ class Side:
         return self.form in ("implicit", "materialised")
 
     @property
-    def statistic(self) -> str:
-        """Name of what a batch contributes."""
-        return f"{self.name}_rows" if self.thin else self.name
+    def statistics(self) -> tuple[str, ...]:
+        """Names of what a batch contributes."""
+        own = f"{self.name}_rows" if self.thin else self.name
+        return (own, f"{self.name}_bias") if self.corner else (own,)
 
     def state(self, *, dtype: torch.dtype, device: torch.device) -> State:
         """No curvature yet, and the identity as its inverse."""
-        name, matrix = self.name, (self.groups, self.dim, self.dim)
-        if self.form == "diagonal":
-            zeros = torch.zeros(self.dim, dtype=dtype, device=device)
-            return {name: zeros, f"{name}_inverse": torch.ones_like(zeros)}
-        if self.form == "dense":
-            inverse = identity(matrix, dtype=dtype, device=device)
-            return {name: torch.zeros_like(inverse), f"{name}_inverse": inverse}
-        rows = torch.zeros(self.groups, self.columns, self.dim, dtype=dtype, device=device)
-        state = {f"{name}_rows": rows, f"{name}_weights": rows.new_zeros(self.window)}
-        if self.form == "materialised":
-            return state | {f"{name}_inverse": identity(matrix, dtype=dtype, device=device)}
-        return state | {f"{name}_z": torch.zeros_like(rows), f"{name}_gamma": rows.new_ones(self.groups)}
+        name, options = self.name, {"dtype": dtype, "device": device}
+        rows = (self.groups, self.columns, self.dim)
+        matrix = (self.dim,) if self.form == "diagonal" else (self.groups, self.dim, self.dim)
+        sizes = {f"{name}_rows": rows, f"{name}_weights": (self.window,)} if self.thin else {name: matrix}
+        sizes |= {f"{name}_z": rows} if self.form == "implicit" else {}
+        sizes |= {f"{name}_bias": (self.groups,)} if self.corner else {}
+        state = zeros(sizes, **options)
+        if self.corner:
+            state[f"{name}_bias_inverse"] = torch.ones(self.groups, **options)
+        if self.form == "implicit":
+            return state | {f"{name}_gamma": torch.ones(self.groups, **options)}
+        return state | {f"{name}_inverse": identity(matrix, **options)}
+
+    def statistics_flops(self, match: LayerMatch) -> int:
+        """One addition for every entry of the rows, and 2 m d^2 where they are multiplied."""
+        if not self.thin and match.uses[0].geometry is None:
+            return moment_flops(match, self.name)
+        entries = match.rows * (match.d_in if self.name == "A" else match.num_passes * match.d_out)
+        return self.groups * (entries + (0 if self.thin else 2 * self.block * self.dim**2))
 
     @property
     def refresh_flops(self) -> int:
@@ -164,57 +174,59 @@ def applied_left(state: State, gradient: Tensor) -> Tensor:
 
 
 def applied_right(state: State, gradient: Tensor) -> Tensor:
-    """The product grad A^-1 in the form that the state holds. gradient: [..., r, d]."""
-    if "A_inverse" not in state:
-        return woodbury.apply_right(gradient, state["A_z"], state["A_gamma"])
-    inverse = state["A_inverse"]
-    return gradient * inverse if inverse.dim() == 1 else gradient @ inverse
+    """The product grad A^-1 in the form that the state holds. gradient: [groups, d_out, d_in].
 
-
-def applied_to_channels(state: State, gradient: Tensor) -> Tensor:
-    """The same where A is of channels alone: for every offset of the kernel, and the bias by itself.
-
-    gradient: [groups, d_out, C * volume (+1)].
+    Where A is of channels alone: for every offset of the kernel, and the bias by itself.
     """
+    size = state["A_inverse" if "A_inverse" in state else "A_z"].shape[-1]
+    if size == gradient.shape[-1]:
+        return _times_inverse(state, gradient)
     groups, d_out = gradient.shape[:2]
     bias = "A_bias_inverse" in state
     inner = gradient[..., :-1] if bias else gradient
-    size = side_length(state)
     by_offset = inner.unflatten(-1, (size, -1)).transpose(2, 3)
-    rows = applied_right(state, by_offset.reshape(groups, -1, size))
+    rows = _times_inverse(state, by_offset.reshape(groups, -1, size))
     back = rows.reshape(groups, d_out, -1, size).transpose(2, 3).flatten(2)
     if not bias:
         return back
     return torch.cat([back, gradient[..., -1:] * state["A_bias_inverse"][:, None, None]], -1)
 
 
-def side_length(state: State) -> int:
-    """Length of the axis that the inverse of A acts on."""
-    return state["A_inverse" if "A_inverse" in state else "A_z"].shape[-1]
+def _times_inverse(state: State, gradient: Tensor) -> Tensor:
+    """The product grad A^-1 along the axis of A."""
+    if "A_inverse" not in state:
+        return woodbury.apply_right(gradient, state["A_z"], state["A_gamma"])
+    inverse = state["A_inverse"]
+    return gradient * inverse if inverse.dim() == 1 else gradient @ inverse
 
 
-def current_factors(state: State) -> State:
-    """A and G: rows of the window's average for thin sides, else second moments (of both orientations)."""
+def current_factors(state: State) -> tuple[Tensor, ...]:
+    """(A, G): rows of the window's average for thin sides, else second moments (of both orientations)."""
     if "A_swapped" in state:
-        joined = join_orientations(state["A"], state["G"], state["A_swapped"], state["G_swapped"])
-        return dict(zip("AG", joined, strict=True))
-    return {
-        name: woodbury.averaged_rows(state[f"{name}_rows"], state[f"{name}_weights"])
+        return join_orientations(state["A"], state["G"], state["A_swapped"], state["G_swapped"])
+    return tuple(
+        woodbury.averaged_rows(state[f"{name}_rows"], state[f"{name}_weights"])
         if f"{name}_rows" in state
         else state[name]
         for name in "AG"
-    }
+    )
 
 
 def refresh_sides(
     states: Mapping[str, State],
     new: dict[str, State],
-    sides: Sequence[tuple[str, str, Tensor, Tensor]],
+    factors: Mapping[str, Sequence[Tensor]],
+    dampings: Mapping[str, Sequence[Tensor]],
 ) -> Tensor | int:
     """Write Z and gamma, or the inverse, of thin sides into `new`; returns how many kept their last ones.
 
-    sides: (layer, "A" or "G", rows, damping) each.
+    factors, dampings: of A and of G by layer. The inverse of a bias by itself is written too.
     """
+    for key, state in states.items():
+        if "A_bias" in state:
+            new[key]["A_bias_inverse"] = 1 / (state["A_bias"] + dampings[key][0])
+    pairs = {key: zip("AG", factors[key], dampings[key], strict=True) for key in states}
+    sides = [(key, *side) for key, pair in pairs.items() for side in pair if f"{side[0]}_rows" in states[key]]
     solved = woodbury.thin_inverses([side[2] for side in sides], [side[3] for side in sides])
     kept: Tensor | int = 0
     for (key, name, rows, damping), (z, usable) in zip(sides, solved, strict=True):
