@@ -1,6 +1,6 @@
 """NKFAC's own functions: averages, schedule, refresh, lengths.
 
-Oracles I5, I6, N7, N9, Y4 and Y5 of methods.md section 15.
+Oracles I5, N7, N9, Y4 and Y5 of methods.md section 15.
 """
 
 from typing import Any
@@ -40,18 +40,6 @@ def folded(method: kfac_fx.NKFAC, state: State, batch: State, *, inverse_scale: 
     return {**state, **method.fold(state, batch, weight=weight, inverse_scale=scale)}
 
 
-def small_network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 3)
-    ).double()
-
-
-def compiled(model: nn.Module, loss_fn: Any = F.cross_entropy, **options: Any) -> kfac_fx.TrainStep:
-    method = options.pop("method", kfac_fx.NKFAC(statistics_every=1, inverse_every=2))
-    return kfac_fx.compile(model, loss_fn, method=method, **{"backend": "eager", **options})
-
-
 # ---------------------------------------------------------------- statistics
 
 
@@ -61,8 +49,8 @@ def test_identical_batches_average_to_a_geometric_share_of_the_normalised_moment
         state = folded(method, state, moments, inverse_scale=16.0)
         a, g = moments["A"][0], moments["G"][0] / 16
         share = 1 - 0.9**k
-        assert torch.allclose(state["A"][0], share * a / a.norm(), rtol=1e-11)
-        assert torch.allclose(state["G"][0], share * g / g.norm(), rtol=1e-11)
+        assert torch.allclose(state["A"][0], share * a / a.norm(), rtol=1e-11, atol=0)
+        assert torch.allclose(state["G"][0], share * g / g.norm(), rtol=1e-11, atol=0)
 
 
 def test_groups_are_normalised_each_for_itself() -> None:
@@ -99,9 +87,8 @@ def test_refreshes_are_exact_three_times_and_then_every_500th(monkeypatch: pytes
         method.refresh({"layer": state}, counts={"layer": count})
         exact += [count] if calls == ["exact_inverse"] else []
     assert exact == [0, 1, 2, 500, 1000]
-    step = compiled(
-        nn.Linear(2, 2), method=kfac_fx.NKFAC(statistics_every=3, inverse_every=2, exact_every=10)
-    )
+    method = kfac_fx.NKFAC(statistics_every=3, inverse_every=2, exact_every=10)
+    step = kfac_fx.compile(nn.Linear(2, 2), F.cross_entropy, method=method, backend="eager")
     exact = []
     for t in range(45):
         calls.clear()
@@ -175,36 +162,4 @@ def test_directions_have_the_gradients_length_whatever_the_scale_of_the_inverses
 
     for once, scaled, gradient in zip(run(1.0), run(50.0), gradients, strict=True):
         assert float(once.norm() / gradient.norm()) == pytest.approx(1, rel=1e-12)
-        assert torch.allclose(once, scaled, rtol=1e-10)
-
-
-def directions(scale: float, method: Any) -> list[Tensor]:
-    """What the optimizer receives in five steps at rate zero, of a loss times `scale`."""
-    model = small_network()
-    torch.manual_seed(1)
-    batches = [(normal(6, 2, 6, 6), torch.randint(3, (6,))) for _ in range(5)]
-    step = compiled(
-        model,
-        lambda outputs, targets: scale * F.cross_entropy(outputs, targets, reduction="sum"),
-        method=method,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
-    )
-    found: list[Tensor] = []
-    step.optimizer.register_step_pre_hook(
-        lambda *_: found.extend(p.grad.clone() for p in model.parameters() if p.grad is not None)
-    )
-    for x, y in batches:
-        step(x, y)
-    return found
-
-
-def test_a_loss_times_a_constant_gives_directions_times_that_constant() -> None:
-    method = kfac_fx.NKFAC(statistics_every=1, inverse_every=1)
-    for once, scaled in zip(directions(1.0, method), directions(37.0, method), strict=True):
-        assert float((scaled - 37 * once).norm() / scaled.norm()) < 1e-10
-    other = kfac_fx.KFAC(inverse_every=1)
-    ratios = [
-        float((scaled - 37 * once).norm() / scaled.norm())
-        for once, scaled in zip(directions(1.0, other), directions(37.0, other), strict=True)
-    ]
-    assert max(ratios) > 1e-2
+        assert torch.allclose(once, scaled, rtol=1e-10, atol=0)

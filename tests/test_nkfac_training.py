@@ -1,4 +1,4 @@
-"""NKFAC and AdaNKFAC as methods of the library: settings, refusals, accumulation, resuming, inductor."""
+"""NKFAC and AdaNKFAC as methods of the library: settings, refusals, accumulation, resuming; oracle I6."""
 
 import copy
 from typing import Any
@@ -135,11 +135,33 @@ def test_a_failed_step_restores_the_count_of_kept_inverses(monkeypatch: pytest.M
     assert step.counts["kept_last"] == 4
 
 
-def test_inductor_agrees_with_eager() -> None:
-    batches = [(torch.randn(6, 3), torch.randint(2, (6,))) for _ in range(6)]
-    torch.manual_seed(0)
-    model, losses = nn.Linear(3, 2), {}
-    for backend in ("eager", "inductor"):
-        step = compiled(copy.deepcopy(model), backend=backend)
-        losses[backend] = torch.stack([step(x, y) for x, y in batches])
-    assert torch.allclose(losses["eager"], losses["inductor"], rtol=1e-5)
+def directions(scale: float, method: Any) -> list[Tensor]:
+    """What the optimizer receives in five steps at rate zero, of a loss times `scale`."""
+    model = small_network()
+    torch.manual_seed(1)
+    batches = [(normal(6, 2, 6, 6), torch.randint(3, (6,))) for _ in range(5)]
+    step = compiled(
+        model,
+        lambda outputs, targets: scale * F.cross_entropy(outputs, targets, reduction="sum"),
+        method=method,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+    )
+    found: list[Tensor] = []
+    step.optimizer.register_step_pre_hook(
+        lambda *_: found.extend(p.grad.clone() for p in model.parameters() if p.grad is not None)
+    )
+    for x, y in batches:
+        step(x, y)
+    return found
+
+
+def test_a_loss_times_a_constant_gives_directions_times_that_constant() -> None:
+    method = kfac_fx.NKFAC(statistics_every=1, inverse_every=1)
+    for once, scaled in zip(directions(1.0, method), directions(37.0, method), strict=True):
+        assert float((scaled - 37 * once).norm() / scaled.norm()) < 1e-10
+    other = kfac_fx.KFAC(inverse_every=1)
+    ratios = [
+        float((scaled - 37 * once).norm() / scaled.norm())
+        for once, scaled in zip(directions(1.0, other), directions(37.0, other), strict=True)
+    ]
+    assert max(ratios) > 1e-2
