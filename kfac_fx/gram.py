@@ -186,3 +186,9 @@ def _moment(rows: Tensor, *, bias: float | None, count: Tensor | int | None = No
     column = column if bias == 1.0 else column * bias
     corner = torch.ones_like(column[:, :1]) * (flat.shape[1] if count is None else count) * (bias * bias)
     return torch.cat([torch.cat([gram, column], 2), torch.cat([column.mT, corner], 2)], 1)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Sum of row^T row: [groups, ..., d] -> [groups, d, d]."""
+    flat = rows.flatten(1, -2) if rows.dim() > 3 else rows
+    return (flat[0].mT @ flat[0]).unsqueeze(0) if flat.shape[0] == 1 else flat.mT @ flat
