@@ -186,8 +186,8 @@ class QuadraticSettings:
 
     momentum: whether the last update is one of the directions. l2: eta of the objective `loss + eta/2
     |theta|^2`. adapt_every: steps between two adaptations of lambda, 0 for never. adapt_factor: w1, what
-    lambda is multiplied with or divided by. damping_bounds: least and largest lambda and gamma^2. gamma_every:
-    steps between two choices of gamma, 0 for never. gamma_factor: w2^2, of gamma^2.
+    lambda is multiplied with or divided by. damping_bounds: least and largest lambda and gamma^2.
+    gamma_every: steps between two choices of gamma, 0 for never. gamma_factor: w2^2, of gamma^2.
     """
 
     momentum: bool
