@@ -1,13 +1,13 @@
 """Second moments of a convolution's patches from the image's autocorrelation, without the patches.
 
-An entry of A sums products of two pixels: `A[(h,k),(h',k')] = sum_o x[h, o + d k] x[h', o + d k']` over output
-positions o. With the image extended by zeros and o running over all integers the sum depends on the distance
-k' - k alone: it is the autocorrelation of the image, which the weight-gradient primitive computes with the
-image in both its seats. What outputs beyond the edges would have read is subtracted: strips a few pixels wide,
-themselves convolutions of one dimension less. Strides become channels first (polyphase). All of it is exact.
+An entry of A sums products of two pixels over output positions o: `A[(h,k),(h',k')] = sum_o x[h, o + d k]
+x[h', o + d k']`. With the image extended by zeros and o running over all integers the sum depends on the
+distance k' - k alone: it is the autocorrelation of the image at one of few lags. What outputs beyond the edges
+would have read is subtracted: strips a few pixels wide, themselves convolutions of one dimension less. Strides
+become channels first (phases). All of it is exact. methods.md 1.4; means over positions are box sums.
 
-Enters: an image [N, C, *space] and a geometry. Leaves: the sum of a a^T over examples and positions, features
-in the order of `gram.patches`. Tensors only.
+Enters: an image [N, C, *space] and a geometry. Leaves: sums over examples and positions, features in the order
+of `gram.patches`. Tensors only.
 """
 
 from __future__ import annotations
@@ -20,11 +20,67 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.gram import gram
-from kfac_fx.lags import lags_by_products
-from kfac_fx.layout import Geometry, phase_geometry
+from kfac_fx.forms import LARGEST_PATCHES, Form, expansion
+from kfac_fx.gram import InputMoment, PositionSums, gram, patches, statistics_dtype, upsampled
+from kfac_fx.lags import lags_by_convolution, lags_by_products, lags_by_transform
+from kfac_fx.layout import Geometry, output_sizes, phase_geometry
 
 Lags = Callable[[Tensor, Geometry], Tensor]
+
+
+def input_moment(x: Tensor, geometry: Geometry, *, form: Form, ones: bool) -> InputMoment:
+    """What the patches of a convolution's input add up to, computed in this form."""
+    x = x.to(statistics_dtype(x.dtype))
+    sums = position_sums(x.sum(0, keepdim=True), geometry, ones=ones)
+    count = x.shape[0] * sums.positions
+    return InputMoment(moment=patch_moment(x, geometry, form), total=sums.sums[:, 0], count=count, ones=ones)
+
+
+def patch_moment(x: Tensor, geometry: Geometry, form: Form) -> Tensor:
+    """Sum of a a^T over all patches, in this form: [groups, C/groups * K, C/groups * K]."""
+    if form == "pixels":
+        return gram(_pixels(x, geometry))
+    if form == "patches":
+        chunks = max(1, min(x.shape[0], round(expansion(geometry) / LARGEST_PATCHES)))
+        parts = [gram(patches(part, geometry)) for part in x.chunk(chunks)]
+        return sum(parts[1:], start=parts[0])
+    lags = lags_by_transform if form == "transform" else lags_by_convolution
+    return (polyphase if max(geometry.stride) > 1 else autocorrelation)(x, geometry, lags)
+
+
+def _pixels(x: Tensor, geometry: Geometry) -> Tensor:
+    """What a kernel of one tap reads: [groups, N, T, C/groups], a view where nothing is padded."""
+    if any(geometry.padding):
+        x = F.pad(x, [side for p in reversed(geometry.padding) for side in (p, p)])
+    x = x[(..., *(slice(None, None, stride) for stride in geometry.stride))]
+    return x.flatten(2).unflatten(1, (geometry.groups, -1)).permute(1, 0, 3, 2)
+
+
+def position_sums(x: Tensor, geometry: Geometry, *, ones: bool) -> PositionSums:
+    """Sums of each example's patches, without the patches: box sums, one axis after the other."""
+    x = x.to(statistics_dtype(x.dtype))
+    if geometry.transposed:
+        x, geometry = upsampled(x, geometry)
+    geometry = replace(geometry, space=tuple(x.shape[2:]))
+    outputs = output_sizes(geometry)
+    for axis, count in enumerate(outputs):  # the axis' pixels go, its taps come last
+        x = torch.stack([_box(x, geometry, axis, tap, count) for tap in range(geometry.kernel[axis])], -1)
+    if geometry.transposed:
+        x = x.flip(tuple(range(2, x.dim())))
+    sums = x.flatten(2).unflatten(1, (geometry.groups, -1)).flatten(2).transpose(0, 1)
+    return PositionSums(sums=sums, positions=math.prod(outputs), ones=ones)
+
+
+def _box(x: Tensor, geometry: Geometry, axis: int, tap: int, count: int) -> Tensor:
+    """Sum over the pixels that one tap reads along the third axis of x, which is the geometry's `axis`."""
+    stride, size = geometry.stride[axis], x.shape[2]
+    start = geometry.dilation[axis] * tap - geometry.padding[axis]
+    first = max(0, -(start // stride))  # the first output whose pixel is inside
+    last = min(count - 1, (size - 1 - start) // stride)
+    inside = (
+        x[:, :, start + stride * first : start + stride * last + 1 : stride] if first <= last else x[:, :, :0]
+    )
+    return inside.sum(2)
 
 
 def autocorrelation(x: Tensor, geometry: Geometry, lags: Lags) -> Tensor:

@@ -30,7 +30,7 @@ _WORDS = {
 @final
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one form. flops: floating point operations (a multiply-add counts 2). time: estimated nanoseconds."""
+    """Of one form. flops: floating point operations, a multiply-add counts 2. time: estimated nanoseconds."""
 
     form: Form
     flops: int

@@ -40,34 +40,86 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def input_moment(uses: Sequence[InputRows], *, sharing: Sharing, bias: bool) -> Tensor:
-    """A = mean of a a^T over examples and positions (expand) or of the position mean over examples (reduce).
+@final
+@dataclass(frozen=True, kw_only=True)
+class InputMoment:
+    """Sums over the rows of one use. moment: of a a^T, [groups, d, d]. total: of a, [groups, d].
+
+    count: number of rows. ones: whether the bias column of ones belongs to the use.
+    """
+
+    moment: Tensor
+    total: Tensor
+    count: Tensor | int
+    ones: bool
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PositionSums:
+    """Sums over the positions of each example of one use: [groups, N, d]. positions: T."""
+
+    sums: Tensor
+    positions: int
+    ones: bool
+
+
+def moment_of_rows(use: InputRows) -> InputMoment:
+    """From rows that are written out."""
+    rows = _wide(use.rows)
+    count: Tensor | int = rows.shape[1] * rows.shape[2]
+    if use.kept is not None:
+        rows, count = rows * use.kept.to(rows.dtype).unsqueeze(-1), use.kept.sum().clamp(min=1)
+    return InputMoment(moment=gram(rows), total=rows.sum((1, 2)), count=count, ones=use.ones)
+
+
+def sums_of_rows(use: InputRows) -> PositionSums:
+    """From rows that are written out."""
+    return PositionSums(sums=_wide(use.rows).sum(2), positions=use.rows.shape[2], ones=use.ones)
+
+
+def input_moment(uses: Sequence[InputMoment], *, bias: bool) -> Tensor:
+    """A = mean of a a^T over examples and positions (expand). Returns [groups, d(+1), d(+1)].
 
     bias: append the homogeneous coordinate, 1 for uses with a bias and 0 for those without. Several uses of
-    one weight are further positions. Returns [groups, d(+1), d(+1)]. Eschenhagen et al. 2023
-    (arXiv:2311.00636), section 3.
+    one weight are further positions. Eschenhagen et al. 2023 (arXiv:2311.00636), section 3.
     """
-    if sharing == "reduce":
-        positions = sum(use.rows.shape[2] for use in uses)
-        mean = _total([_wide(use.rows).sum(2, keepdim=True) for use in uses]) / positions
-        share = sum(use.rows.shape[2] for use in uses if use.ones) / positions
-        return _moment(mean, bias=share if bias else None) / mean.shape[1]
-    counts = [_count(use) for use in uses]
-    moments = [_input_moment(use, count, bias=bias) for use, count in zip(uses, counts, strict=True)]
-    return _total(moments) / sum(counts[1:], start=counts[0])
+    count = sum((use.count for use in uses[1:]), start=uses[0].count)
+    moment = _total([use.moment for use in uses])
+    with_ones = [use for use in uses if use.ones]
+    if not bias:
+        return moment / count
+    column = _total([use.total for use in with_ones]).unsqueeze(-1)
+    corner = torch.ones_like(column[:, :1]) * sum((u.count for u in with_ones[1:]), start=with_ones[0].count)
+    return torch.cat([torch.cat([moment, column], 2), torch.cat([column.mT, corner], 2)], 1) / count
 
 
-def _count(use: InputRows) -> Tensor | int:
-    if use.kept is None:
-        return use.rows.shape[1] * use.rows.shape[2]
-    return use.kept.sum().clamp(min=1)
+def reduced_rows(uses: Sequence[PositionSums], *, bias: bool) -> Tensor:
+    """Rows X with X^T X = A of the reduce setting, a mean over positions each: [groups, N, d(+1)].
+
+    A = mean over examples of the outer product of the position means; arguments as in `input_moment`.
+    """
+    positions = sum(use.positions for use in uses)
+    mean = _total([use.sums for use in uses]) / positions
+    if bias:
+        share = sum(use.positions for use in uses if use.ones) / positions
+        mean = torch.cat([mean, torch.full_like(mean[..., :1], share)], -1)
+    return mean * mean.shape[1] ** -0.5
 
 
-def _input_moment(use: InputRows, count: Tensor | int, *, bias: bool) -> Tensor:
-    rows = _wide(use.rows)
-    if use.kept is not None:
-        rows = rows * use.kept.to(rows.dtype).unsqueeze(-1)
-    return _moment(rows, bias=float(use.ones) if bias else None, count=count)
+def gram(rows: Tensor) -> Tensor:
+    """Sum of row^T row: [groups, N, T, d] or [groups, m, d] -> [groups, d, d].
+
+    Where the positions lie side by side in memory (images of channels), rows are not brought together: few
+    features get a product per example, many one product of channels.
+    """
+    if rows.dim() == 4 and rows.stride(-2) == 1 and rows.stride(-1) != 1:
+        if rows.shape[2] >= 4 * rows.shape[3]:
+            return (rows.mT @ rows).sum(1)
+        channels = rows.permute(0, 3, 1, 2).flatten(2)
+        return channels @ channels.mT
+    flat = rows.flatten(1, -2)
+    return (flat[0].mT @ flat[0]).unsqueeze(0) if flat.shape[0] == 1 else flat.mT @ flat
 
 
 def output_moment(uses: Sequence[Tensor], inverse_scale: Tensor, *, sharing: Sharing) -> Tensor:
@@ -81,7 +133,7 @@ def output_moment(uses: Sequence[Tensor], inverse_scale: Tensor, *, sharing: Sha
     rows = [_wide(use) for use in uses]
     if sharing == "reduce":
         rows = [use.sum(2, keepdim=True) for use in rows]
-    return _total([_moment(use, bias=None) for use in rows]) * inverse_scale
+    return _total([gram(use) for use in rows]) * inverse_scale
 
 
 def output_diagonal(uses: Sequence[Tensor], inverse_scale: Tensor) -> Tensor:
@@ -171,24 +223,3 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
-
-
-def _moment(rows: Tensor, *, bias: float | None, count: Tensor | int | None = None) -> Tensor:
-    """Sum of row^T row: [groups, N, T, d] -> [groups, d(+1), d(+1)].
-
-    bias: the value of the extra coordinate. count: in how many rows it stands (None: in all).
-    """
-    flat = rows.reshape(rows.shape[0], -1, rows.shape[-1])
-    gram = (flat[0].mT @ flat[0]).unsqueeze(0) if flat.shape[0] == 1 else flat.mT @ flat
-    if bias is None:
-        return gram
-    column = flat.sum(1).unsqueeze(-1)
-    column = column if bias == 1.0 else column * bias
-    corner = torch.ones_like(column[:, :1]) * (flat.shape[1] if count is None else count) * (bias * bias)
-    return torch.cat([torch.cat([gram, column], 2), torch.cat([column.mT, corner], 2)], 1)
-
-
-def gram(rows: Tensor) -> Tensor:
-    """Sum of row^T row: [groups, ..., d] -> [groups, d, d]."""
-    flat = rows.flatten(1, -2) if rows.dim() > 3 else rows
-    return (flat[0].mT @ flat[0]).unsqueeze(0) if flat.shape[0] == 1 else flat.mT @ flat

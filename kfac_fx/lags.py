@@ -1,7 +1,7 @@
 """The autocorrelation of images at the few lags that a convolution's kernel spans.
 
-`R[h, h', o] = sum over examples and pixels u of x[h, u] x[h', u + d o]`, x extended by zeros, for the offsets o
-between two taps of a kernel. Half of them determine the rest, `R[h, h', -o] = R[h', h, o]`, so o_1 >= 0.
+`R[h, h', o] = sum over examples and pixels u of x[h, u] x[h', u + d o]`, x extended by zeros, for the offsets
+o between two taps of a kernel. Half of them determine the rest, `R[h, h', -o] = R[h', h, o]`, so o_1 >= 0.
 
 Two ways, both exact: the discrete Fourier transform of every image, long enough that nothing wraps around,
 written as matrix products (a Gram matrix per frequency, then back at the wanted offsets alone); or the
@@ -17,11 +17,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight, conv3d_weight
 
 from kfac_fx.forms import num_frequencies, periods_without_wrap
 from kfac_fx.layout import Geometry
 
-_WEIGHT_GRADIENT = {2: torch.nn.grad.conv2d_weight, 3: torch.nn.grad.conv3d_weight}
+_WEIGHT_GRADIENT = {2: conv2d_weight, 3: conv3d_weight}
 
 
 def lags_by_products(x: Tensor, geometry: Geometry) -> Tensor:

@@ -21,17 +21,12 @@ _LARGEST_CHUNK = 2**24
 _BITS = 2**31 - 1
 
 
-def input_rows(
-    uses: Sequence[InputRows], *, reduced: bool, bias: bool, positions: Sequence[Tensor] | None = None
-) -> Tensor:
-    """X with X^T X = A of `gram.input_moment`: [groups, m, d(+1)].
+def input_rows(uses: Sequence[InputRows], *, bias: bool, positions: Sequence[Tensor] | None = None) -> Tensor:
+    """X with X^T X = A of `gram.input_moment`: [groups, m, d(+1)], m = N T summed over the uses.
 
-    reduced: the mean over positions, m = N, of all rows (`kept` is not read). Else m = N T summed over the
-    uses; with `positions` (one index tensor per use) only those positions are kept and the weight is that of
-    as many examples, so that the average over all choices of positions is A.
+    With `positions` (one index tensor per use) only those positions are kept and the weight is that of as
+    many examples, so that the average over all choices of positions is A.
     """
-    if reduced:
-        return _position_means(uses, bias=bias)
     scale = sum((_count(use) for use in uses[1:]), start=_count(uses[0])) ** -0.5
     if positions is not None:
         shares = [use.rows.shape[2] / index.shape[0] for use, index in zip(uses, positions, strict=True)]
@@ -40,16 +35,6 @@ def input_rows(
     else:
         extended = [_with_ones(use, bias=bias) for use in uses]
     return torch.cat([rows.flatten(1, 2) for rows in extended], 1) * scale
-
-
-def _position_means(uses: Sequence[InputRows], *, bias: bool) -> Tensor:
-    total = sum(use.rows.shape[2] for use in uses)
-    sums = [_wide(use.rows).sum(2) for use in uses]
-    mean = sum(sums[1:], start=sums[0]) / total
-    if bias:
-        share = sum(use.rows.shape[2] for use in uses if use.ones) / total
-        mean = torch.cat([mean, torch.full_like(mean[..., :1], share)], -1)
-    return mean * mean.shape[1] ** -0.5
 
 
 def _at(use: InputRows, index: Tensor) -> InputRows:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kfac_fx.errors import Reason
+from kfac_fx.forms import choose
 from kfac_fx.gram import patches
 from kfac_fx.graph import aten, getitem_source, is_op, shape
 from kfac_fx.layers.kind import Facts, Product
@@ -73,6 +74,7 @@ class Convolution:
             steps=_layout(geometry, channels_in, channels_out, shape(weight)),
             bias_root=(node, 2),
             geometry=geometry,
+            options={"form": choose(geometry, examples=num, channels=shape(a)[1]).form},
         )
 
     def input_rows(self, use: Use, a: Tensor, operands: tuple[Tensor, ...]) -> Tensor:

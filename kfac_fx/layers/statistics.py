@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kfac_fx import gram, rows
+from kfac_fx import autocorrelation, gram, rows
 from kfac_fx.layers.kind import LayerKind
 from kfac_fx.types import LayerMatch, Sharing, Use
 
@@ -99,13 +99,10 @@ class MatchStatistics:
 
     def input_rows(self, *, reduced: bool, positions: Sequence[Tensor] | None = None) -> Tensor:
         """Rows X with X^T X = A: [groups, m, d_in]."""
-        uses = self._oriented(False)
-        return rows.input_rows(
-            [self._input_rows(values, reduced=reduced) for values in uses],
-            reduced=reduced,
-            bias=self.match.bias is not None,
-            positions=positions,
-        )
+        uses, bias = self._oriented(False), self.match.bias is not None
+        if reduced:
+            return gram.reduced_rows([self._position_sums(values) for values in uses], bias=bias)
+        return rows.input_rows([self._input_rows(v) for v in uses], bias=bias, positions=positions)
 
     def output_rows(self, *, reduced: bool, positions: Sequence[Tensor] | None = None) -> Tensor:
         """Rows X with X^T X = G: [groups, m, d_out]."""
@@ -173,15 +170,31 @@ class MatchStatistics:
     def _kind(self, use: Use) -> LayerKind:
         return self.kinds[use.options["kind"]]
 
-    def _input_rows(self, values: UseValues, *, reduced: bool = False) -> gram.InputRows:
+    def _input_rows(self, values: UseValues) -> gram.InputRows:
         assert values.a is not None
         a = self._kind(values.use).input_rows(values.use, values.a, values.operands)
-        kept = None if reduced else self._kept(values, a.shape[2])
-        return gram.InputRows(rows=a, ones=values.use.bias, kept=kept)
+        return gram.InputRows(rows=a, ones=values.use.bias, kept=self._kept(values))
 
-    def _kept(self, values: UseValues, positions: int) -> Tensor | None:
-        """1 for rows with a gradient in some pass of some reader of the input, else 0: [N, T]."""
-        if not self.ignores or positions == 1 or self.sharing == "reduce":
+    def _position_sums(self, values: UseValues) -> gram.PositionSums:
+        """Of all rows, also those of ignored terms."""
+        geometry, a = values.use.geometry, values.a
+        assert a is not None
+        if geometry is not None:
+            return autocorrelation.position_sums(a, geometry, ones=values.use.bias)
+        a = self._kind(values.use).input_rows(values.use, a, values.operands)
+        return gram.sums_of_rows(gram.InputRows(rows=a, ones=values.use.bias))
+
+    def _moment(self, values: UseValues) -> gram.InputMoment:
+        geometry, kept = values.use.geometry, self._kept(values)
+        if geometry is None or kept is not None:
+            return gram.moment_of_rows(self._input_rows(values))
+        assert values.a is not None
+        form = values.use.options["form"]
+        return autocorrelation.input_moment(values.a, geometry, form=form, ones=values.use.bias)
+
+    def _kept(self, values: UseValues) -> Tensor | None:
+        """1 for rows with a gradient in some pass of some reader of the input, else 0: [N, T]. None: all."""
+        if not self.ignores or self.sharing == "reduce" or self._scaled(values, values.g[0]).shape[2] == 1:
             return None
         place = next(i for i, own in enumerate(self.uses) if own is values)
         alike = [values, *(uses[place] for uses in self.readers)]
@@ -189,9 +202,10 @@ class MatchStatistics:
         return torch.stack([nonzero.any(-1).any(0) for nonzero in seen]).any(0)
 
     def _input_moment(self, uses: tuple[UseValues, ...]) -> Tensor:
-        inputs = [self._input_rows(values) for values in uses]
-        sharing = "expand" if self.structure == "diagonal" else self.sharing
-        return gram.input_moment(inputs, sharing=sharing, bias=self.match.bias is not None)
+        bias = self.match.bias is not None
+        if self.sharing == "reduce" and self.structure != "diagonal":
+            return gram.gram(gram.reduced_rows([self._position_sums(values) for values in uses], bias=bias))
+        return gram.input_moment([self._moment(values) for values in uses], bias=bias)
 
     def _frequencies(self, uses: tuple[UseValues, ...]) -> Tensor:
         assert uses[0].a is not None
