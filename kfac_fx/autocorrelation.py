@@ -2,12 +2,12 @@
 
 An entry of A sums products of two pixels over output positions o: `A[(h,k),(h',k')] = sum_o x[h, o + d k]
 x[h', o + d k']`. With the image extended by zeros and o running over all integers the sum depends on the
-distance k' - k alone: it is the autocorrelation of the image at one of few lags. What outputs beyond the edges
-would have read is subtracted: strips a few pixels wide, themselves convolutions of one dimension less. Strides
-become channels first (phases). All of it is exact. methods.md 1.4; means over positions are box sums.
+distance k' - k alone: it is the autocorrelation of the image at one of few lags. What outputs beyond the
+edges would have read is subtracted: strips a few pixels wide, themselves convolutions of one dimension less.
+Strides become channels first (phases). All of it is exact. methods.md 1.4; means over positions are box sums.
 
-Enters: an image [N, C, *space] and a geometry. Leaves: sums over examples and positions, features in the order
-of `gram.patches`. Tensors only.
+Enters: an image [N, C, *space] and a geometry. Leaves: sums over examples and positions, features in the
+order of `gram.patches`. Tensors only.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def lags_by_convolution(x: Tensor, geometry: Geometry) -> Tensor:
         F.pad(x, [0, 0] * (rank - 1) + [0, reach[0]]),
         [x.shape[1], channels, kernel[0], *(2 * k - 1 for k in kernel[1:])],
         x,
-        padding=(0, *reach[1:]),
-        dilation=geometry.dilation,
+        padding=(0, *reach[1:]),  # type: ignore[arg-type]
+        dilation=geometry.dilation,  # type: ignore[arg-type]
         groups=geometry.groups,
     )
     return gradient.unflatten(0, (geometry.groups, channels))

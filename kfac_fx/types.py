@@ -102,6 +102,11 @@ class LayerMatch:
         return max(len(self.uses[0].g) - 1, 1)
 
     @property
+    def channels(self) -> int:
+        """Input channels of one group of a convolution."""
+        return (self.d_in - (self.bias is not None)) // self.kernel_volume
+
+    @property
     def kernel_volume(self) -> int:
         """Positions of a convolution's kernel; 1 for other layers."""
         geometry = self.uses[0].geometry

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kfac_fx.forms import costs, words
 from kfac_fx.types import FactorSpec, LayerMatch
 
 
@@ -75,13 +76,30 @@ def statistics_form(match: LayerMatch, side: str) -> str:
         return "products per example"
     if side == "A" and match.structure == "diagonal":
         return "counts"
-    if side == "A" and match.kind.startswith("conv"):
-        return "patches^T patches"
+    geometry = match.uses[0].geometry
+    if side == "A" and geometry is not None:
+        return "box sums" if match.sharing == "reduce" else words(match.uses[0].options["form"], geometry)
     return "rows^T rows"
 
 
 def moment_flops(match: LayerMatch, side: str) -> int:
-    """FLOPs of one batch's second moment: 2 rows d^2 per group; counts are one each."""
+    """FLOPs of one batch's second moment; of a convolution's input in the form that was chosen."""
+    if side != "A" or match.uses[0].geometry is None:
+        return row_flops(match, side)
+    if match.sharing == "reduce":
+        return match.examples * match.groups * (match.rows // match.examples + 2 * match.d_in) * match.d_in
+    channels = match.groups * match.channels
+    return sum(
+        cost.flops
+        for use in match.uses
+        if use.geometry is not None
+        for cost in costs(use.geometry, examples=match.examples, channels=channels)
+        if cost.form == use.options["form"]
+    )
+
+
+def row_flops(match: LayerMatch, side: str) -> int:
+    """FLOPs of a product of d^2 with every row: 2 rows d^2 per group; counts are one each."""
     if side == "F":
         return match.rows * 2 * match.groups * (1 if match.bias is None else 4)
     per_group = match.rows // match.groups if match.kind == "gathered-experts" else match.rows

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kfac_fx.contracts import Statistics
 from kfac_fx.methods.base import KroneckerFactored, averaged, identity, zeros
-from kfac_fx.methods.costs import eigen_flops, factor_shapes, moment_flops, rotation_flops
+from kfac_fx.methods.costs import eigen_flops, factor_shapes, rotation_flops, row_flops
 from kfac_fx.methods.damping import inverted_blocks
 from kfac_fx.methods.eigenbasis import decomposed, outer, solved_in_basis
 from kfac_fx.methods.kfac import joined_sides, solved_blocks
@@ -114,7 +114,7 @@ class EKFAC(KroneckerFactored):
         """Second moments; of S the rotated rows, gradients of examples, squares."""
         if side != "S":
             return super().statistics_flops(match, side)
-        rotated = sum(moment_flops(match, side) for side in ("A", "G"))
+        rotated = sum(row_flops(match, side) for side in ("A", "G"))
         per_pass = match.rows if match.structure == "diagonal" else 2 * match.groups * match.rows * match.d_in
         return rotated + match.num_passes * per_pass * match.d_out
 

@@ -57,6 +57,12 @@ class KFC(KFAC):
         whole = all(use.bias == (match.bias is not None) for use in match.uses) and not match.tied
         return self.spatially_uncorrelated_activations and match.uses[0].geometry is not None and whole
 
+    def mean_over(self, match: LayerMatch, name: str) -> int:
+        """Channel moments are means over pixels."""
+        if name not in ("A_channels", "A_mean"):
+            return super().mean_over(match, name)
+        return match.examples * _pixels(match) * len(match.uses)
+
     def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:
         """As K-FAC. By channel: zero moments; of the last refresh Sigma^-1, m without its last entry, the
         damping gamma and, for a bias, 1 + gamma.
@@ -64,7 +70,7 @@ class KFC(KFAC):
         state = super().init(match, dtype=dtype, device=device)
         if not self._by_channel(match):
             return state
-        g, c = match.groups, _channels(match)
+        g, c = match.groups, match.channels
         shapes = {"A_channels": (g, c, c), "A_mean": (g, c), "A_center": (g, c, match.kernel_volume)}
         shapes["A_damping"] = (g,)
         inner = zeros(shapes, dtype=dtype, device=device)
@@ -131,12 +137,14 @@ class KFC(KFAC):
         specs = tuple(replace(s, form=f"{names[s.side]}: {s.form}") for s in specs)
         if not self._by_channel(match):
             return specs
-        c, g = _channels(match), match.groups
+        c, g = match.channels, match.groups
         return (
             replace(
                 specs[0],
                 dim=c,
-                flops_statistics=0 if specs[0].shared_with else 2 * g * _pixels(match) * c * c,
+                flops_statistics=0
+                if specs[0].shared_with
+                else 2 * g * match.examples * _pixels(match) * c * c,
                 flops_refresh=inverse_flops((g, c, c)),
                 flops_apply=2 * g * match.d_out * match.kernel_volume * c * (c + 2),
                 form="Omega / |T| by channel: pixels^T pixels",
@@ -193,13 +201,8 @@ def _largest(state: State) -> Tensor:
     )
 
 
-def _channels(match: LayerMatch) -> int:
-    """Input channels of one group."""
-    return (match.d_in - (match.bias is not None)) // match.kernel_volume
-
-
 def _pixels(match: LayerMatch) -> int:
-    """Pixels that are read, about: those of the output times the strides."""
+    """Pixels of one example that the channel moments are means over, zeros at the edges included."""
     geometry = match.uses[0].geometry
     assert geometry is not None
-    return match.rows if geometry.transposed else match.rows * math.prod(geometry.stride)
+    return math.prod(size + 2 * p for size, p in zip(geometry.space, geometry.padding, strict=True))

@@ -109,7 +109,7 @@ class SKFAC(KroneckerFactored):
         sizes = {"window": self.window, "groups": match.groups, "dense": match.tied}
         a = Side(
             name="A",
-            dim=thin.channels(match) if rows.by_field else match.d_in,
+            dim=match.channels if rows.by_field else match.d_in,
             block=rows.num,
             other=match.d_out * (match.kernel_volume if rows.by_field else 1),
             diagonal=match.structure == "diagonal",

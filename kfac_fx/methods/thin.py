@@ -139,11 +139,6 @@ class Side:
         return self.groups * self.other * per_row.get(self.form, 2 * self.dim**2)
 
 
-def channels(match: LayerMatch) -> int:
-    """Channels of a convolution's input per group: the side length after sums over the receptive field."""
-    return (match.d_in - (match.bias is not None)) // match.kernel_volume
-
-
 def thin_or_dense(side: str, rows: Tensor, names: Sequence[str]) -> State:
     """The statistic of one side that is among `names`: the rows, or X^T X."""
     if f"{side}_rows" in names:
