@@ -173,7 +173,7 @@ def _typed(value: Any, hint: Any, *, default: Any) -> tuple[bool, str]:
 def averaged(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
     """(1 - weight) old + weight new; the old where the result would not be finite."""
     mixed = torch.lerp(old, new, weight.to(new.dtype))
-    return torch.where(torch.isfinite(mixed).all(), mixed, old)
+    return torch.where(torch.isfinite(mixed.sum()), mixed, old)
 
 
 def kl_clipped(
