@@ -176,7 +176,8 @@ def _without_edges(
         if not taps:
             continue
         strip = _strip(x, 2 + axis, [outputs[0] + dilation * t - padding for t in taps], beyond)
-        part = autocorrelation(strip, _remaining(geometry, axis), lags)
+        rest = _remaining(geometry, axis)  # lines are short, so their patches are small
+        part = gram(patches(strip, rest)) if len(rest.kernel) == 1 else autocorrelation(strip, rest, lags)
         part = part.reshape(groups, *(channels, len(taps), before, after) * 2)
         part = part.permute(0, 1, 3, 2, 4, 5, 7, 6, 8)
         sides = (taps[0], kernel - 1 - taps[-1])

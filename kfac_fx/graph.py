@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from kfac_fx.errors import CaptureError
 from kfac_fx.types import Source
@@ -140,6 +141,7 @@ def splice(
     inner = traced.graph
     inner.eliminate_dead_code()
     assert not any(is_mutation(node) for node in inner.nodes), "spliced functions must not work in place"
+    _fold_constants(traced)
     mapping: dict[Node, Any] = dict(zip(inner.find_nodes(op="placeholder"), arguments, strict=True))
     with graph.inserting_before(before):
         for node in inner.nodes:
@@ -160,6 +162,35 @@ def splice(
                 )
     outputs = inner.output_node().args[0]
     return [mapping[node] for node in outputs]  # type: ignore[union-attr,index]
+
+
+def _fold_constants(traced: GraphModule) -> None:
+    """Compute what depends on no input, such as tables of cosines, now instead of at every step.
+
+    A plain creation (zeros, arange, eye) stays: it is as cheap as reading it, and says what it is.
+    """
+    known: dict[Node, Any] = {}
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = getattr(traced, str(node.target))
+        elif (
+            node.op == "call_function"
+            and not has_effect(node)
+            and all(n in known for n in node.all_input_nodes)
+        ):
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    for node, constant in known.items():
+        read = any(user not in known for user in node.users)
+        if not read or not node.all_input_nodes or not isinstance(constant, Tensor):
+            continue
+        name = f"_folded_{sum(1 for _ in traced.buffers())}"
+        traced.register_buffer(name, constant)
+        with traced.graph.inserting_before(node):
+            copy = traced.graph.get_attr(name)
+        copy.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(copy)
+    traced.graph.eliminate_dead_code()
 
 
 def copy_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
