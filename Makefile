@@ -31,8 +31,9 @@ demo: $(STAMP)
 	$(BIN)/kfac-fx transform examples/digits_conv.py --method kfac -o build/demo
 	$(BIN)/python examples/digits_conv.py
 
+# Work stealing keeps the tests of a file in one process, where they share captures.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
