@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import kfac_fx
+from kfac_fx import bench as benchmark
 from kfac_fx import report
 from kfac_fx.contracts import Plan
 from kfac_fx.errors import KfacFxError, Reason
@@ -95,6 +96,70 @@ def transform(
     typer.echo("")
     for file in files:
         typer.echo(f"saved {file}")
+
+
+@app.command()
+def bench(
+    target: TargetText,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="Curvature method; repeatable. [default: kfac, nkfac]"),
+    ] = None,
+    fisher: FisherName = "empirical",
+    sharing: SharingName = "expand",
+    exclude: Excluded = None,
+    steps: Annotated[int, typer.Option(help="Timed steps of each contender.")] = 30,
+    warmup: Annotated[int, typer.Option(help="Steps of each kind that do not count.")] = 3,
+    statistics_every: Annotated[
+        int | None, typer.Option(help="Steps between statistics. [default: as published]")
+    ] = None,
+    inverse_every: Annotated[
+        int | None, typer.Option(help="Steps between refreshes. [default: as published]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Torch's threads on the CPU. [default: all]")] = None,
+    backend: Annotated[str, typer.Option(help="auto, eager or inductor (then SGD and AdamW too).")] = "auto",
+    autotune: Annotated[
+        bool, typer.Option("--autotune", help="Measure each form of each convolution's A too.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write FILE.json, and FILE.png by matplotlib."),
+    ] = None,
+    no_color: NoColor = False,
+) -> None:
+    """Time training steps of methods against SGD and AdamW, in turns, each on a copy of the model.
+
+    Peak memory is that of tensors: on a CPU by torch's profiler, without what libraries allocate inside.
+    """
+    with _clean_errors():
+        if output is not None:
+            benchmark.check_files(output)
+        with contextlib.redirect_stdout(sys.stderr):
+            loaded = load_target(target)
+            found = benchmark.bench(
+                loaded.model,
+                loaded.loss_fn,
+                loaded.inputs,
+                loaded.targets,
+                methods=method or benchmark.DEFAULT_METHODS,
+                statistics_every=statistics_every,
+                inverse_every=inverse_every,
+                steps=steps,
+                warmup=warmup,
+                threads=threads,
+                backend=backend,
+                options={"fisher": fisher, "sharing": sharing, "exclude": tuple(exclude or ())},
+                tune=autotune,
+                say=lambda text: typer.echo(text, err=True),
+            )
+        files = () if output is None else benchmark.save(found, output)
+        if json:
+            typer.echo(benchmark.to_json(found))
+        else:
+            benchmark.show(found, make_console(no_color=no_color))
+    for file in files:
+        typer.echo(f"saved {file}", err=json)
 
 
 @app.command()

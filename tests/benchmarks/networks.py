@@ -1,8 +1,9 @@
-"""The two networks that the cost benchmarks measure: ResNet-50 and GPT-2 small, in plain PyTorch.
+"""The networks that the cost benchmarks measure: ResNet-50, GPT-2 small and two small ones, in plain PyTorch.
 
 Shapes are the published ones (ResNet-50: He et al. 2015, arXiv:1512.03385, table 1, with the stride in the
-3x3 convolution; GPT-2 small: Radford et al. 2019). Weights are at random: only shapes matter here. Shortcuts
-and transformer blocks are those of `examples/`.
+3x3 convolution; ResNet-20 for CIFAR: section 4.2, with 1x1 convolutions where a shortcut changes shape; GPT-2
+small: Radford et al. 2019). Weights are at random: only shapes matter here. Residual blocks, shortcuts and
+transformer blocks are those of `examples/`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from mnist_resnet import shortcut  # noqa: E402
+from mnist_resnet import Block, shortcut  # noqa: E402
 from text_transformer import Transformer, next_byte_loss  # noqa: E402
 
 EXPANSION = 4
@@ -80,6 +81,41 @@ def resnet50(*, width: int = 64, num_classes: int = 1000) -> ResNet:
     width: channels of the stem; all other widths follow in proportion.
     """
     return ResNet((3, 4, 6, 3), width=width, num_classes=num_classes)
+
+
+@final
+class SmallResNet(nn.Module):
+    """A 3x3 stem, three stages of three blocks and a linear head: 20 layers."""
+
+    def __init__(self, *, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        blocks, d_in = [], width
+        for stage in range(3):
+            for block in range(3):
+                d_out = width << stage
+                blocks.append(Block(d_in, d_out, stride=2 if stage and not block else 1))
+                d_in = d_out
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(d_in, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, num_classes] of images [N, 3, 32, 32]."""
+        return self.head(self.blocks(self.stem(images)).mean(dim=(2, 3)))
+
+
+def resnet20(*, width: int = 16, num_classes: int = 10) -> SmallResNet:
+    """ResNet-20 for CIFAR: 272,474 parameters at width 16, of which 2,752 in two 1x1 shortcuts."""
+    return SmallResNet(width=width, num_classes=num_classes)
+
+
+def small_transformer(*, width: int = 256, num_blocks: int = 6, context: int = 128) -> Transformer:
+    """A decoder on bytes with heads of 64."""
+    model = Transformer(width=width, num_heads=width // 64, num_blocks=num_blocks)
+    model.position = nn.Embedding(context, width)
+    return model
 
 
 def gpt2_small() -> Transformer:
