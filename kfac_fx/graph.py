@@ -158,7 +158,7 @@ def insert(
                 copy.meta["val"] = node.meta.get("val", constant)
             else:
                 copy = graph.node_copy(node, lambda n: mapping[n])
-            copy.meta["val"] = pytree.tree_map(lambda leaf: _fresh(mode, leaf), copy.meta["val"])
+            copy.meta["val"] = pytree.tree_map(lambda leaf: _in_mode(mode, leaf), copy.meta["val"])
             mapping[node] = copy
             copy.meta["kfac_fx"] = label
             if source is not None:
@@ -169,9 +169,9 @@ def insert(
     return [mapping[node] for node in outputs]  # type: ignore[union-attr,index]
 
 
-def _fresh(mode: FakeTensorMode, leaf: Any) -> Any:
-    """A fake tensor of its own for a copied node: tracing tells its arguments apart by identity."""
-    if not isinstance(leaf, FakeTensor):
+def _in_mode(mode: FakeTensorMode, leaf: Any) -> Any:
+    """A fake tensor of this mode in place of one of another."""
+    if not isinstance(leaf, FakeTensor) or leaf.fake_mode is mode:
         return leaf
     with mode:
         return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
