@@ -186,3 +186,8 @@ def _moment(rows: Tensor, *, bias: float | None, count: Tensor | int | None = No
     column = column if bias == 1.0 else column * bias
     corner = torch.ones_like(column[:, :1]) * (flat.shape[1] if count is None else count) * (bias * bias)
     return torch.cat([torch.cat([gram, column], 2), torch.cat([column.mT, corner], 2)], 1)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Sum of row^T row: [groups, ..., d] -> [groups, d, d]."""
+    return _moment(rows, bias=None)

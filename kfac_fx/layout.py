@@ -5,7 +5,7 @@ convolutions.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from torch import Tensor
@@ -79,9 +79,9 @@ def _no_effect(step: Permute | View) -> bool:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Of a convolution: one entry per spatial axis.
+    """Of a convolution: one entry per spatial axis. space: pixels of the input.
 
-    `flip` marks a kernel stored mirrored (transposed convolution).
+    Of a transposed convolution the kernel is stored mirrored.
     """
 
     kernel: tuple[int, ...]
@@ -91,3 +91,23 @@ class Geometry:
     groups: int
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
+    space: tuple[int, ...] = ()
+
+
+def output_sizes(geometry: Geometry) -> tuple[int, ...]:
+    """Output positions per axis of a convolution that is not transposed."""
+    axes = zip(
+        geometry.space, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True
+    )
+    return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in axes)
+
+
+def phase_geometry(geometry: Geometry) -> Geometry:
+    """What remains of strides (without dilation) if the pixels of one phase are channels of a smaller image.
+
+    Their positions modulo the stride; a kernel of ceil(K / stride) reads that image with stride 1.
+    """
+    taps = tuple(-(-k // s) for k, s in zip(geometry.kernel, geometry.stride, strict=True))
+    space = tuple(o + t - 1 for o, t in zip(output_sizes(geometry), taps, strict=True))
+    ones, zeros = (1,) * len(taps), (0,) * len(taps)
+    return replace(geometry, kernel=taps, stride=ones, padding=zeros, space=space)

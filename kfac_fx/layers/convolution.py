@@ -55,6 +55,7 @@ class Convolution:
             groups=int(groups),  # type: ignore[arg-type]
             transposed=bool(transposed),
             output_padding=_per_axis(output_padding, rank),
+            space=tuple(shape(a)[2:]),
         )
         channels_in, channels_out = shape(a)[1] // geometry.groups, shape(g)[1] // geometry.groups
         d_in = channels_in * math.prod(kernel)
