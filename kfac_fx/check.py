@@ -39,8 +39,7 @@ def gradient_pairs(plan: Plan) -> GraphModule:
             values = use_values(match, tensors[len(own) :], training=True)
             return [to_matrix(match, gradients).contiguous(), reconstructed(match, values)]
 
-        inner = fxgraph.traced(run, arguments)
-        results += fxgraph.insert(module, inner, arguments, before=output, label=f"check of {match.name}")
+        results += fxgraph.splice(module, run, arguments, before=output, label=f"check of {match.name}")
     output.args = (tuple(results),)
     keep = frozenset(mapping[n] for n in plan.capture.graph.graph.nodes if fxgraph.has_effect(n))
     fxgraph.eliminate_dead(module, keep)

@@ -6,7 +6,6 @@ Enters: a plan and tensors in a stated order. Leaves: tensors. No graph is read 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 from torch.fx import Node
@@ -27,44 +26,15 @@ from kfac_fx.types import LayerMatch, State, Use
 KINDS_BY_NAME = {kind.name: kind for kind in KINDS}
 
 
-def signature(plan: Plan, match: LayerMatch) -> object:
-    """All that decides what the functions below compute for a layer, but its tensors' sizes.
-
-    Layers of equal signatures differ in names and places alone.
-    """
-    readers = tuple(_outline(other) for other in _readers(plan, match))
-    return plan.method, plan.sharing, plan.capture.loss_info.ignores, _outline(match), readers
-
-
-def _outline(match: LayerMatch) -> object:
-    """A match without names, nodes and lines."""
-    uses = tuple(
-        (
-            use.a is None,
-            len(use.g),
-            len(use.operands),
-            use.geometry,
-            use.scale,
-            use.bias,
-            repr(sorted(use.options.items())),
-        )
-        for use in match.uses
-    )
-    bare = replace(
-        match, uses=(), name="", key="", weight="", bias=match.bias and "bias", shared_a="", source=None
-    )
-    return bare, uses
-
-
 def layer_function(
     plan: Plan, match: LayerMatch, names: list[str], state_names: list[str]
-) -> Callable[..., dict[str, Tensor]]:
+) -> Callable[..., Sequence[Tensor]]:
     """(gradients of weight and bias, state tensors) -> canonical gradient and direction of one layer."""
 
-    def run(*tensors: Tensor) -> dict[str, Tensor]:
+    def run(*tensors: Tensor) -> Sequence[Tensor]:
         matrix = to_matrix(match, dict(zip(names, tensors, strict=False)))
         state = dict(zip(state_names, tensors[len(names) :], strict=True))
-        return {"gradient": matrix, "direction": plan.method.precondition(state, matrix)}
+        return matrix, plan.method.precondition(state, matrix)
 
     return run
 
@@ -120,12 +90,13 @@ def use_values(
 
 
 def statistics_function(
-    plan: Plan, match: LayerMatch, wanted: list[str], *, averaged: bool
+    plan: Plan, match: LayerMatch, wanted: list[str], index: int | None
 ) -> Callable[..., dict[str, Tensor]]:
-    """(nodes of `use_nodes`, 1/R_, nodes of `reader_nodes`, the layer's state, its weight) -> statistics.
+    """(nodes of `use_nodes`, 1/R_, nodes of `reader_nodes`, the layer's state, the layers' weights) ->
+    statistics.
 
-    wanted: names of statistics. averaged: the result is the changed state; else there is no weight, and the
-    result is the batch's statistics.
+    wanted: names of statistics. index: the layer's place among the weights, and the result is the changed
+    state; None: no weights, and the result is the batch's statistics.
     """
     num_nodes, num_read = len(use_nodes(match)), len(reader_nodes(plan, match))
     names = list(initial_state(plan, match))
@@ -145,9 +116,10 @@ def statistics_function(
         state = dict(zip(names, tensors[start : start + len(names)], strict=True))
         batch = plan.method.batch_statistics(statistics, wanted, state)
         batch = {name: batch[name].to(dtype) for name in wanted}
-        if not averaged:
+        if index is None:
             return batch
-        return plan.method.fold(state, batch, weight=tensors[-1], inverse_scale=tensors[num_nodes])
+        weight, scale = tensors[-1][index], tensors[num_nodes]
+        return plan.method.fold(state, batch, weight=weight, inverse_scale=scale)
 
     return run
 

@@ -120,62 +120,47 @@ def fake_empty(graph: Graph, sizes: Sequence[int], *, dtype: torch.dtype, device
         return torch.empty(tuple(sizes), dtype=dtype, device=device)
 
 
-def traced(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Node]) -> GraphModule:
-    """The graph of a function of tensors like the fake values of `arguments`, which belong to one graph."""
-    with fake_mode(arguments[0].graph):
-        module = make_fx(lambda *tensors: tuple(function(*tensors)))(*map(value, arguments))
-    module.graph.eliminate_dead_code()
-    assert not any(is_mutation(node) for node in module.graph.nodes), (
-        "spliced functions must not work in place"
-    )
-    return module
-
-
-def insert(
+def splice(
     module: GraphModule,
-    inner: GraphModule,
+    function: Callable[..., Sequence[Tensor]],
     arguments: Sequence[Node],
     *,
     before: Node,
     label: str,
     source: Source | None = None,
 ) -> list[Node]:
-    """Copy the nodes of a traced function into the graph in front of `before`.
+    """Trace `function` on the fake values of `arguments` and copy its nodes into the graph in front of
+    `before`.
 
-    Returns one node per returned tensor. Every copy carries `label` in `meta["kfac_fx"]`. The function may
-    have been traced for another graph.
+    Returns one node per returned tensor. Every copy carries `label` in `meta["kfac_fx"]`.
     """
-    graph, mode = module.graph, fake_mode(module.graph)
-    mapping: dict[Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), arguments, strict=True))
+    graph = module.graph
+    values = [value(node) for node in arguments]
+    with fake_mode(graph):
+        traced = make_fx(lambda *tensors: tuple(function(*tensors)))(*values)
+    inner = traced.graph
+    inner.eliminate_dead_code()
+    assert not any(is_mutation(node) for node in inner.nodes), "spliced functions must not work in place"
+    mapping: dict[Node, Any] = dict(zip(inner.find_nodes(op="placeholder"), arguments, strict=True))
     with graph.inserting_before(before):
-        for node in inner.graph.nodes:
+        for node in inner.nodes:
             if node.op in ("placeholder", "output"):
                 continue
             if node.op == "get_attr":
                 name = f"_kfac_constant_{sum(1 for _ in module.buffers())}"
-                constant = getattr(inner, str(node.target))
-                module.register_buffer(name, constant)
+                module.register_buffer(name, getattr(traced, str(node.target)))
                 copy = graph.get_attr(name)
-                copy.meta["val"] = node.meta.get("val", constant)
+                copy.meta["val"] = node.meta.get("val", getattr(module, name))
             else:
                 copy = graph.node_copy(node, lambda n: mapping[n])
-            copy.meta["val"] = pytree.tree_map(lambda leaf: _in_mode(mode, leaf), copy.meta["val"])
             mapping[node] = copy
             copy.meta["kfac_fx"] = label
             if source is not None:
                 copy.meta["stack_trace"] = (
                     f'  File "{source.file}", line {source.line}, in forward\n    {source.code}'
                 )
-    outputs = inner.graph.output_node().args[0]
+    outputs = inner.output_node().args[0]
     return [mapping[node] for node in outputs]  # type: ignore[union-attr,index]
-
-
-def _in_mode(mode: FakeTensorMode, leaf: Any) -> Any:
-    """A fake tensor of this mode in place of one of another."""
-    if not isinstance(leaf, FakeTensor) or leaf.fake_mode is mode:
-        return leaf
-    with mode:
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
 
 
 def copy_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

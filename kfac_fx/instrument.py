@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from kfac_fx.canonical import batch_names, from_matrices, gradient_names, initial_state, state_owner
 from kfac_fx.contracts import Plan
-from kfac_fx.functions import layer_function, reader_nodes, signature, statistics_function, use_nodes
+from kfac_fx.functions import layer_function, reader_nodes, statistics_function, use_nodes
 from kfac_fx.types import LayerMatch
 from kfac_fx.writer import GraphWriter, Key
 
@@ -91,52 +91,49 @@ def _write_statistics(writer: GraphWriter, weight: Node | None) -> dict[Key, Nod
     plan = writer.plan
     new: dict[Key, Node] = {}
     collected: set[Key] = set()
-    weights: list[Node | None] = [None] * len(plan.matched)
-    if weight is not None and plan.matched:
-        weights = list(
-            writer.splice(_apart, [weight], label="share of this batch", before=weight.next).values()
-        )
-    for match, own in zip(plan.matched, weights, strict=True):
+    for index, match in enumerate(plan.matched):
         owners = {name: (state_owner(plan, match, name), name) for name in batch_names(plan, match)}
         wanted = [name for name, key in owners.items() if key not in collected]
         if wanted:
             collected |= {owners[name] for name in wanted}
-            new |= _write_layer_statistics(writer, match, wanted, own)
+            new |= _write_layer_statistics(writer, match, wanted, weight, index)
     return new
 
 
 def _write_layer_statistics(
-    writer: GraphWriter, match: LayerMatch, wanted: list[str], weight: Node | None
+    writer: GraphWriter, match: LayerMatch, wanted: list[str], weight: Node | None, index: int
 ) -> dict[Key, Node]:
-    """Those of one layer. wanted: their names. weight: the layer's."""
+    """Those of one layer. wanted: their names. index: the layer's place among the weights."""
     plan = writer.plan
+    function = statistics_function(plan, match, wanted, None if weight is None else index)
+    changed: list[str] = []
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        results = function(*tensors)
+        changed[:] = results
+        return list(results.values())
+
     read = [*use_nodes(match), plan.capture.inverse_scale, *reader_nodes(plan, match)]
     extra = [*writer.states(match).values(), *([] if weight is None else [weight])]
     results = writer.splice(
-        statistics_function(plan, match, wanted, averaged=weight is not None),
+        run,
         [*map(writer.of, read), *extra],
         label=f"{', '.join(_named(plan, match, wanted))} of {match.name}",
         before=writer.after(read),
         source=match.source,
-        key=("statistics", signature(plan, match), tuple(wanted), weight is None),
     )
-    return {(state_owner(plan, match, name), name): node for name, node in results.items()}
-
-
-def _apart(weights: Tensor) -> dict[str, Tensor]:
-    """Each layer's own."""
-    return {str(place): weight for place, weight in enumerate(weights.unbind())}
+    return {(state_owner(plan, match, name), name): node for name, node in zip(changed, results, strict=True)}
 
 
 def _gradient_check(writer: GraphWriter, gradients: list[Node]) -> Node:
     """One number that is finite if and only if all gradients are."""
 
-    def run(*tensors: Tensor) -> dict[str, Tensor]:
+    def run(*tensors: Tensor) -> list[Tensor]:
         real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
         sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in real]
-        return {"check": torch.stack([total.to(torch.float64) for total in sums]).sum()}
+        return [torch.stack([total.to(torch.float64) for total in sums]).sum()]
 
-    return writer.splice(run, gradients, label="finite if all gradients are", key="check")["check"]
+    return writer.splice(run, gradients, label="finite if all gradients are")[0]
 
 
 def _write_precondition(writer: GraphWriter, rates: Node, changed: Mapping[Key, Node]) -> dict[str, Node]:
@@ -156,31 +153,30 @@ def _write_precondition(writer: GraphWriter, rates: Node, changed: Mapping[Key, 
             name: changed.get((state_owner(plan, match, name), name), node)
             for name, node in writer.states(match).items()
         }
-        result = writer.splice(
+        matrix, direction = writer.splice(
             layer_function(plan, match, list(own), list(state)),
             [*own.values(), *state.values()],
             label=f"preconditioned gradient of {match.name}",
             source=match.source,
-            key=("precondition", signature(plan, match)),
         )
-        matrices.append(result["gradient"])
-        directions.append(result["direction"])
+        matrices.append(matrix)
+        directions.append(direction)
 
-    def rescale(*tensors: Tensor) -> dict[str, Tensor]:
+    def rescale(*tensors: Tensor) -> list[Tensor]:
         half = len(tensors) // 2
-        gradients, rates = list(tensors[half : 2 * half]), tensors[-1]
-        lengths = plan.method.rescale(list(tensors[:half]), gradients, learning_rates=rates)
-        return {match.key: length for match, length in zip(plan.matched, lengths, strict=True)}
+        return plan.method.rescale(
+            list(tensors[:half]), list(tensors[half : 2 * half]), learning_rates=tensors[-1]
+        )
 
     label = f"length of the update by {plan.method.name}"
-    rescaled = writer.splice(rescale, [*directions, *matrices, rates], label=label)
+    directions = writer.splice(rescale, [*directions, *matrices, rates], label=label)
 
-    def back(*tensors: Tensor) -> dict[str, Tensor]:
+    def back(*tensors: Tensor) -> list[Tensor]:
         gradients = dict(zip(names, tensors, strict=False))
-        return from_matrices(plan, tensors[len(names) :], gradients)
+        return list(from_matrices(plan, tensors[len(names) :], gradients).values())
 
-    arguments = [*read.values(), *rescaled.values()]
-    return writer.splice(back, arguments, label="back to the parameters' shapes")
+    results = writer.splice(back, [*read.values(), *directions], label="back to the parameters' shapes")
+    return dict(zip(names, results, strict=True))
 
 
 def _named(plan: Plan, match: LayerMatch, names: Sequence[str]) -> list[str]:

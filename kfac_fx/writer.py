@@ -6,13 +6,12 @@ compute.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from kfac_fx import graph as fxgraph
 from kfac_fx.canonical import initial_state, state_owner
@@ -20,9 +19,6 @@ from kfac_fx.contracts import Plan
 from kfac_fx.types import LayerMatch, Source
 
 Key = tuple[str, str]
-Function = Callable[..., Mapping[str, Tensor]]
-_CACHE: OrderedDict[object, tuple[GraphModule, tuple[str, ...]]] = OrderedDict()
-_LARGEST_CACHE = 256
 
 
 @final
@@ -80,24 +76,18 @@ class GraphWriter:
 
     def splice(
         self,
-        function: Function,
+        function: Callable[..., Sequence[Tensor]],
         arguments: Sequence[Node],
         *,
         label: str,
         before: Node | None = None,
         source: Source | None = None,
-        key: object = None,
-    ) -> dict[str, Node]:
-        """Write what a function computes from nodes of the copy; before the end, if not said otherwise.
-
-        key: equal for functions that compute the same from tensors of the same sizes, so that equal layers
-        (and the variants of a graph) are traced once; None for a function that is not traced again.
-        """
-        inner, names = _traced(function, arguments, key)
+    ) -> list[Node]:
+        """Write what a function computes from nodes of the copy; before the end, if not said otherwise."""
         place = self.end if before is None else before
-        label = f"inserted, {label}"
-        nodes = fxgraph.insert(self.module, inner, arguments, before=place, label=label, source=source)
-        return dict(zip(names, nodes, strict=True))
+        return fxgraph.splice(
+            self.module, function, arguments, before=place, label=f"inserted, {label}", source=source
+        )
 
     def after(self, captured: Sequence[Node]) -> Node:
         """The node before which code that reads these captured nodes can stand."""
@@ -147,41 +137,3 @@ class GraphWriter:
                         meta = self.of(node).meta
                         text = f"{label} of {match.name}"
                         meta["kfac_fx"] = f"{meta['kfac_fx']}; {text}" if "kfac_fx" in meta else text
-
-
-def _traced(
-    function: Function, arguments: Sequence[Node], key: object
-) -> tuple[GraphModule, tuple[str, ...]]:
-    """The graph of a function and the names of what it returns; from the cache where it was traced before."""
-    names: list[str] = []
-
-    def run(*tensors: Tensor) -> list[Tensor]:
-        results = function(*tensors)
-        names[:] = results
-        return list(results.values())
-
-    full = (key, torch.get_default_dtype(), *map(_like, arguments))
-    if key is None or not _is_hashable(full):
-        return fxgraph.traced(run, arguments), tuple(names)
-    if full not in _CACHE:
-        inner = fxgraph.traced(run, arguments)
-        _CACHE[full] = inner, tuple(names)
-        if len(_CACHE) > _LARGEST_CACHE:
-            _CACHE.popitem(last=False)
-    _CACHE.move_to_end(full)
-    return _CACHE[full]
-
-
-def _like(node: Node) -> object:
-    """What tracing sees of a tensor."""
-    tensor = fxgraph.value(node)
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
-
-
-def _is_hashable(key: object) -> bool:
-    """A method of the user's own need not be."""
-    try:
-        hash(key)
-    except TypeError:
-        return False
-    return True

@@ -100,7 +100,7 @@ def test_refreshes_are_exact_three_times_and_then_every_500th(monkeypatch: pytes
 
 @pytest.mark.parametrize("count", [0, 3])
 @pytest.mark.parametrize("guard", ["frobenius", "spectral"])
-def test_a_refresh_reads_nothing_on_the_host(count: int, guard: str) -> None:
+def test_what_a_refresh_computes_is_not_read_on_the_host(count: int, guard: str) -> None:
     states = {
         "one": state_of(4, 3, device="meta"),
         "two": state_of(4, 4, device="meta"),

@@ -29,7 +29,8 @@ class EKFAC(KroneckerFactored):
     damping: lambda, added to the eigenvalues S; in units of the Hessian of the loss that is minimised (of the
     MEAN loss for mean losses). 0: none, and no step where S is zero. decay: weight of the old average of A
     and G per statistics update. scale_decay: the same for S, in [0, 1); 0: S is that of the newest batch. At
-    each refresh of the basis S starts again from K-FAC's eigenvalues. statistics_every: steps between
+    each refresh of the basis S starts again from K-FAC's eigenvalues, so refreshes have to be rarer than
+    statistics: where every statistics step is a refresh step, EKFAC is K-FAC. statistics_every: steps between
     statistics of A, G and S. inverse_every: steps between refreshes of the basis. kl_clip: bound on lr^2 <V,
     grad>, None for no bound. max_factor_dim: larger layers are left to the optimizer.
     """

@@ -25,7 +25,8 @@ class SINGD(KroneckerFactored):
 
     damping: lambda, in units of the Hessian of the loss that is minimised. alpha1: share of the old momentum
     of K and C that is kept per update, in [0, 1). lr_cov: beta_1, step length of K and C per update; K may
-    diverge if lr_cov times the largest eigenvalue of the momentum exceeds one. normalize_lr_cov: divide
+    diverge if lr_cov times the largest eigenvalue of the momentum exceeds one. In the state K is `A_root` and
+    C is `G_root`. normalize_lr_cov: divide
     lr_cov by the largest entry of the momentum where that exceeds one. statistics_every: steps between
     updates of K and C. inverse_every: 0, since nothing is inverted. Nothing is averaged: there is no `decay`.
     """

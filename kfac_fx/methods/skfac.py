@@ -40,9 +40,9 @@ class SKFAC(KroneckerFactored):
     drawn with `seed` without replacement at every update, the same for the whole batch and for A and G;
     unbiased for the factors of sharing="expand", whatever `sharing` is. "receptive_field": patches are summed
     over the kernel, A has one row and column per channel and the bias its own 1x1 factor; positions are
-    treated as `sharing` says. scale: of "reduce"; "exact", or "paper" (the mean of the gradients over T
-    positions, G smaller by T^2). Other layers keep one row per example and position, or per example if
-    `sharing` is "reduce".
+    treated as `sharing` says; each batch has A's trace, so accumulated parts equal the whole in trace only.
+    scale: of "reduce"; "exact", or "paper" (the mean of the gradients over T positions, G smaller by T^2).
+    Other layers keep one row per example and position, or per example if `sharing` is "reduce".
 
     window: batches that a factor averages over, the newest with weight 1 and each older one with `decay`
     times the next one's, weights made to sum to one; 1 as published: the newest batch alone. A factor with as
