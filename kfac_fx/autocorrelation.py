@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.forms import LARGEST_PATCHES, Form, expansion
+from kfac_fx.forms import Form, edge_subsets, patch_chunks
 from kfac_fx.gram import InputMoment, PositionSums, gram, patches, statistics_dtype, upsampled
 from kfac_fx.lags import lags_by_convolution, lags_by_products, lags_by_transform
-from kfac_fx.layout import Geometry, output_sizes, phase_geometry
+from kfac_fx.layout import Geometry, along, lines_beyond, output_sizes, phase_geometry
 
 Lags = Callable[[Tensor, Geometry], Tensor]
 
@@ -41,8 +41,7 @@ def patch_moment(x: Tensor, geometry: Geometry, form: Form) -> Tensor:
     if form == "pixels":
         return gram(_pixels(x, geometry))
     if form == "patches":
-        chunks = max(1, min(x.shape[0], round(expansion(geometry) / LARGEST_PATCHES)))
-        parts = [gram(patches(part, geometry)) for part in x.chunk(chunks)]
+        parts = [gram(patches(part, geometry)) for part in x.chunk(min(patch_chunks(geometry), x.shape[0]))]
         return sum(parts[1:], start=parts[0])
     lags = lags_by_transform if form == "transform" else lags_by_convolution
     return (polyphase if max(geometry.stride) > 1 else autocorrelation)(x, geometry, lags)
@@ -86,19 +85,82 @@ def _box(x: Tensor, geometry: Geometry, axis: int, tap: int, count: int) -> Tens
 def autocorrelation(x: Tensor, geometry: Geometry, lags: Lags) -> Tensor:
     """Sum of a a^T of a convolution with stride 1: [groups, C/groups * K, C/groups * K].
 
+    By inclusion and exclusion: the lags of the whole image; less those of outputs beyond the grid along one
+    axis, which read lines near two edges only; and those beyond it along two, near the corners. Every pair
+    of taps is a sum of a few of these matrices, and all pairs are one product with a table of 0, 1 and -1.
     lags: how the autocorrelation of images is computed (that of lines is by products).
     """
+    geometry = replace(geometry, space=tuple(x.shape[2:]))
+    subsets = edge_subsets(geometry)
+    sources = torch.cat([_sources(x, geometry, axes, lags) for axes in subsets], -1)
+    tables = torch.cat([_table(geometry, axes, x) for axes in subsets], -1)
+    volume, channels = math.prod(geometry.kernel), sources.shape[1]
+    pairs = torch.mm(sources.flatten(0, 2), tables.mT).unflatten(0, sources.shape[:3])
+    pairs = pairs.unflatten(3, (volume, volume)).transpose(2, 3)
+    return pairs.reshape(geometry.groups, channels * volume, channels * volume)
+
+
+def _sources(x: Tensor, geometry: Geometry, axes: Sequence[int], lags: Lags) -> Tensor:
+    """Autocorrelations along all other axes of the lines near the edges of these axes.
+
+    Returns [groups, C, C', n]: for every choice of sides, line of one seat, line of the other, and offset.
+    """
+    groups, kept = geometry.groups, [i for i in range(len(geometry.kernel)) if i not in axes]
+    x = x.unflatten(1, (1, groups, -1, 1))  # [N, sides, groups, C, lines, *space]
+    for axis in reversed(axes):
+        lines, dim = lines_beyond(geometry)[axis], 5 + axis
+        near, far = x.narrow(dim, 0, lines), x.narrow(dim, x.shape[dim] - lines, lines)
+        x = torch.stack([near, far], 1).flatten(1, 2).movedim(dim, 4).flatten(4, 5)
+    sides, channels, lines = x.shape[1], x.shape[3], x.shape[4]
+    found = _every_lag(x.flatten(1, 4), along(geometry, kept, sides * groups), lags)
+    split = found.reshape(sides, groups, channels, lines, channels, lines, -1)
+    return split.permute(1, 2, 4, 0, 3, 5, 6).flatten(3)
+
+
+def _every_lag(x: Tensor, geometry: Geometry, lags: Lags) -> Tensor:
+    """R of all offsets; of what has no axis left the second moment: [groups, C, C, offsets]."""
     if not geometry.kernel:
-        return gram(x.unflatten(1, (geometry.groups, -1)).transpose(0, 1))
-    if len(geometry.kernel) == 1:
-        moment = _spread(lags_by_products(x, geometry), geometry.kernel)
-    else:
-        moment = _spread(lags(x, geometry), geometry.kernel)
-    for axis, kernel in enumerate(geometry.kernel):
-        beyond = geometry.dilation[axis] * (kernel - 1) - geometry.padding[axis]
-        if beyond > 0:
-            moment = _without_edges(moment, x, geometry, axis, beyond, lags)
-    return moment
+        return gram(x.unflatten(1, (geometry.groups, -1)).transpose(0, 1)).unsqueeze(-1)
+    return (lags_by_products if len(geometry.kernel) == 1 else lags)(x, geometry).contiguous()
+
+
+def _table(geometry: Geometry, axes: Sequence[int], like: Tensor) -> Tensor:
+    """How often each source counts for each pair of taps: [K * K', n], a product over the axes."""
+    rank, num = len(geometry.kernel), len(axes)
+    table = torch.ones((1,) * (3 * rank + 2 * num), dtype=like.dtype, device=like.device)
+    for axis, taps in enumerate(geometry.kernel):  # dims: K, K', then sides, lines, lines', offsets
+        if axis in axes:
+            place = list(axes).index(axis)
+            part = -_edge_table(geometry, axis, like.device)
+            dims = (2 * rank + place, 2 * rank + num + place, 2 * rank + 2 * num + place)
+        else:
+            tap = torch.arange(taps, device=like.device)
+            offset = torch.arange(1 - taps, taps, device=like.device)
+            part = (tap - tap.unsqueeze(1)).unsqueeze(-1) == offset
+            dims = (2 * rank + 3 * num + axis - sum(edge < axis for edge in axes),)
+        shape = [1] * table.dim()
+        for dim, size in zip((axis, rank + axis, *dims), part.shape, strict=True):
+            shape[dim] = size
+        table = table * part.reshape(shape).to(like.dtype)
+    return table.flatten(0, 2 * rank - 1).flatten(1)
+
+
+def _edge_table(geometry: Geometry, axis: int, device: torch.device) -> Tensor:
+    """Whether an output beyond the grid reads one line by one tap and another by another.
+
+    Returns [K, K', side, line, line'], 0 or 1.
+    """
+    taps, dilation, padding = geometry.kernel[axis], geometry.dilation[axis], geometry.padding[axis]
+    size, lines = geometry.space[axis], lines_beyond(geometry)[axis]
+    near = torch.arange(lines, device=device)
+    line = torch.stack([near, near + (size - lines)])
+    output = (
+        line - dilation * torch.arange(taps, device=device).reshape(-1, 1, 1) + padding
+    )  # [K, side, line]
+    outputs = size + 2 * padding - dilation * (taps - 1)
+    beyond = torch.stack([output[:, 0] < 0, output[:, 1] >= outputs], 1)
+    same = output[:, None, :, :, None] == output[None, :, :, None, :]
+    return (same & beyond[:, None, :, :, None]).long()
 
 
 def polyphase(x: Tensor, geometry: Geometry, lags: Lags) -> Tensor:
@@ -134,80 +196,3 @@ def _phase_features(
         tap = torch.arange(k, device=device) // s
         index = index * t + tap.reshape(k, *(1,) * (len(kernel) - 1 - axis))
     return index.flatten()
-
-
-def _spread(lags: Tensor, kernel: Sequence[int]) -> Tensor:
-    """Every pair of taps takes its offset's entry: [groups, C * K, C * K]."""
-    groups, channels = lags.shape[:2]
-    row = math.prod(lags.shape[4:])
-    flat = lags.flatten(3)
-    if kernel[0] > 1:  # R[h, h', -delta] = R[h', h, delta], and -delta stands at the mirrored place
-        negative = flat.transpose(1, 2).flip(3)[..., : flat.shape[3] - row]
-        flat = torch.cat([negative, flat], 3)
-    rank, volume = len(kernel), math.prod(kernel)
-    index = torch.zeros((1,) * 2 * rank, dtype=torch.long, device=lags.device)
-    for axis, k in enumerate(kernel):
-        tap = torch.arange(k, device=lags.device)
-        offset = tap - tap.unsqueeze(1) + k - 1  # [k, k']
-        sizes = [1] * 2 * rank
-        sizes[axis], sizes[rank + axis] = k, k
-        index = index * (2 * k - 1) + offset.reshape(sizes)
-    channel = torch.arange(channels, device=lags.device).unsqueeze(1) * flat.shape[3]
-    columns = index.reshape(volume, 1, volume) + channel
-    return flat.flatten(2).index_select(2, columns.flatten()).reshape(groups, channels * volume, -1)
-
-
-def _without_edges(
-    moment: Tensor, x: Tensor, geometry: Geometry, axis: int, beyond: int, lags: Lags
-) -> Tensor:
-    """Subtract what outputs would have read that lie up to `beyond` before or after the grid on this axis.
-
-    On later axes outputs beyond the edges count too: those of earlier axes are subtracted there.
-    """
-    size, kernel, dilation = x.shape[2 + axis], geometry.kernel[axis], geometry.dilation[axis]
-    padding = geometry.padding[axis]
-    end = size + 2 * padding - dilation * (kernel - 1)
-    groups, channels = geometry.groups, x.shape[1] // geometry.groups
-    before, after = math.prod(geometry.kernel[:axis]), math.prod(geometry.kernel[axis + 1 :])
-    whole = moment.reshape(groups, *(channels, before, kernel, after) * 2)
-    for first in (-beyond, end):
-        outputs = range(first, first + beyond)
-        taps = [t for t in range(kernel) if any(0 <= o + dilation * t - padding < size for o in outputs)]
-        if not taps:
-            continue
-        strip = _strip(x, 2 + axis, [outputs[0] + dilation * t - padding for t in taps], beyond)
-        rest = _remaining(geometry, axis)  # lines are short, so their patches are small
-        part = gram(patches(strip, rest)) if len(rest.kernel) == 1 else autocorrelation(strip, rest, lags)
-        part = part.reshape(groups, *(channels, len(taps), before, after) * 2)
-        part = part.permute(0, 1, 3, 2, 4, 5, 7, 6, 8)
-        sides = (taps[0], kernel - 1 - taps[-1])
-        whole = whole - F.pad(part, (0, 0, *sides, *(0,) * 6, *sides))
-    return whole.reshape(moment.shape)
-
-
-def _strip(x: Tensor, axis: int, starts: Sequence[int], length: int) -> Tensor:
-    """`length` pixels from each of `starts` along an axis, zeros outside the image.
-
-    The starts become channels (after the channel), the pixels examples: the axis is gone.
-    """
-    size, least, most = x.shape[axis], starts[0], starts[-1] + length
-    inside = x.narrow(axis, max(least, 0), min(most, size) - max(least, 0))
-    inside = F.pad(inside, [0, 0] * (x.dim() - 1 - axis) + [max(-least, 0), max(most - size, 0)])
-    windows = torch.stack([inside.narrow(axis, start - least, length) for start in starts], 2)
-    return windows.movedim(axis + 1, 0).flatten(0, 1).flatten(1, 2)
-
-
-def _remaining(geometry: Geometry, axis: int) -> Geometry:
-    """The other axes; of those after `axis` every output that reads anything."""
-    full = [d * (k - 1) for k, d in zip(geometry.kernel, geometry.dilation, strict=True)]
-
-    def others(values: Sequence[int]) -> tuple[int, ...]:
-        return (*values[:axis], *values[axis + 1 :])
-
-    return replace(
-        geometry,
-        kernel=others(geometry.kernel),
-        stride=others(geometry.stride),
-        padding=(*geometry.padding[:axis], *full[axis + 1 :]),
-        dilation=others(geometry.dilation),
-    )

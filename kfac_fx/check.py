@@ -17,6 +17,7 @@ from kfac_fx.canonical import to_matrix
 from kfac_fx.contracts import Plan
 from kfac_fx.functions import KINDS_BY_NAME, use_values
 from kfac_fx.layers.statistics import UseValues
+from kfac_fx.splice import splice
 from kfac_fx.types import LayerMatch
 
 
@@ -39,7 +40,7 @@ def gradient_pairs(plan: Plan) -> GraphModule:
             values = use_values(match, tensors[len(own) :], training=True)
             return [to_matrix(match, gradients).contiguous(), reconstructed(match, values)]
 
-        results += fxgraph.splice(module, run, arguments, before=output, label=f"check of {match.name}")
+        results += splice(module, run, arguments, before=output, label=f"check of {match.name}")
     output.args = (tuple(results),)
     keep = frozenset(mapping[n] for n in plan.capture.graph.graph.nodes if fxgraph.has_effect(n))
     fxgraph.eliminate_dead(module, keep)

@@ -6,18 +6,47 @@ nanoseconds from rates measured on a CPU (`tests/benchmarks/gram_time.py`); only
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, final
 
-from kfac_fx.layout import Geometry, output_sizes, phase_geometry
+from kfac_fx.layout import Geometry, along, lines_beyond, output_sizes, phase_geometry
 
 Form = Literal["pixels", "patches", "products", "transform", "convolution"]
 LARGEST_PATCHES = 2.5
 
-_FAST, _SLOW = 70.0, 40.0  # FLOPs per nanosecond: of one large product, of many small ones
-_COPY, _GATHER, _EDGE, _CALL = 9.0, 3.5, 1.5, 500.0  # nanoseconds per element; per small product
+_MOST_CHUNKS = 16
+_LARGEST_TABLE = 2**22
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a device does, in nanoseconds and FLOPs per nanosecond.
+
+    fast, slow: FLOPs of one large product, of many small ones. copy, move, write: per element of patches, of
+    an image whose axes are reordered, of a factor. call: per small product. few, many: operators of a form
+    by rows, of one by autocorrelation.
+    """
+
+    fast: float
+    slow: float
+    copy: float
+    move: float
+    write: float
+    call: float
+    few: float
+    many: float
+
+
+# One core of a server's CPU, measured by tests/benchmarks/gram_time.py. CUDA: from data sheets (50 TFLOP/s in
+# float32, 2 TB/s, 3 microseconds per kernel), not measured: `kfac-fx bench --autotune` measures.
+RATES = {
+    "cpu": Rates(fast=90, slow=40, copy=7, move=2, write=2, call=500, few=2e5, many=1e6),
+    "cuda": Rates(fast=3e4, slow=1e4, copy=0.01, move=0.01, write=0.01, call=10, few=3e4, many=3e5),
+}
 _WORDS = {
     "pixels": "pixels^T pixels",
     "patches": "patches^T patches",
@@ -43,28 +72,46 @@ def words(form: Form, geometry: Geometry) -> str:
     return _WORDS[form] + (" of phases" if of_phases else "")
 
 
-def choose(geometry: Geometry, *, examples: int, channels: int) -> Cost:
-    """The cheapest form. channels: of the input, all groups."""
-    return min(costs(geometry, examples=examples, channels=channels), key=lambda cost: cost.time)
+def choose(geometry: Geometry, *, examples: int, channels: int, device: str = "cpu") -> Cost:
+    """The cheapest form. channels: of the input, all groups. device: its type, as torch names it."""
+    found = costs(geometry, examples=examples, channels=channels, device=device)
+    return min(found, key=lambda cost: cost.time)
 
 
-def costs(geometry: Geometry, *, examples: int, channels: int) -> list[Cost]:
-    """Every form for this geometry.
+def costs(geometry: Geometry, *, examples: int, channels: int, device: str = "cpu") -> list[Cost]:
+    """Every form for this geometry that needs no memory beyond `LARGEST_PATCHES` images and the factor.
 
-    Patches larger than `LARGEST_PATCHES` images are a candidate only where there is no other.
+    If there is none, patches all the same.
     """
+    rates = RATES.get(device, RATES["cpu"])
     if math.prod(geometry.kernel) == 1 and not geometry.transposed:
-        return [_of_rows("pixels", geometry, examples, channels)]
+        return [_of_rows("pixels", geometry, examples, channels, rates)]
+    patches = _of_rows("patches", geometry, examples, channels, rates)
     strided = max(geometry.stride) > 1
-    patches = _of_rows("patches", geometry, examples, channels)
     if geometry.transposed or (strided and max(geometry.dilation) > 1):
         return [patches]
-    small = expansion(geometry) <= LARGEST_PATCHES
+    fits = patch_chunks(geometry) <= max(examples, 1)
     if strided:
         channels, geometry = channels * math.prod(geometry.stride), phase_geometry(geometry)
     forms: tuple[Form, ...] = ("products",) if len(geometry.kernel) == 1 else ("transform", "convolution")
-    found = [_of_autocorrelation(form, geometry, examples, channels) for form in forms]
-    return [patches, *found] if small else found
+    found = [_of_autocorrelation(form, geometry, examples, channels, rates) for form in forms]
+    if _num_sources(geometry) * math.prod(geometry.kernel) ** 2 > _LARGEST_TABLE:
+        found = []
+    elif transform_chunks(geometry, examples, channels) > _MOST_CHUNKS:
+        found = [cost for cost in found if cost.form != "transform"]
+    return [patches, *found] if fits or not found else found
+
+
+def patch_chunks(geometry: Geometry) -> int:
+    """In how many parts of the batch patches are written."""
+    return max(1, math.ceil(expansion(geometry) / LARGEST_PATCHES))
+
+
+def transform_chunks(geometry: Geometry, examples: int, channels: int) -> int:
+    """In how many parts frequencies are summed, so that their Gram matrices are no larger than patches."""
+    frequencies = math.prod(num_frequencies(periods_without_wrap(geometry)))
+    per_image = frequencies * (channels // geometry.groups) / (examples * math.prod(geometry.space))
+    return max(1, math.ceil(per_image / LARGEST_PATCHES))
 
 
 def expansion(geometry: Geometry) -> float:
@@ -74,66 +121,67 @@ def expansion(geometry: Geometry) -> float:
     return math.prod(output_sizes(geometry)) * math.prod(geometry.kernel) / math.prod(geometry.space)
 
 
-def _of_rows(form: Form, geometry: Geometry, examples: int, channels: int) -> Cost:
+def edge_subsets(geometry: Geometry) -> list[tuple[int, ...]]:
+    """Sets of axes along which outputs beyond the grid read pixels; stride 1. The empty set comes first."""
+    edged = [axis for axis, lines in enumerate(lines_beyond(geometry)) if lines > 0]
+    return [axes for size in range(len(edged) + 1) for axes in itertools.combinations(edged, size)]
+
+
+def _num_sources(geometry: Geometry) -> int:
+    """Matrices that every pair of taps is a sum of."""
+    beyond, total = lines_beyond(geometry), 0
+    for axes in edge_subsets(geometry):
+        lines = math.prod(2 * beyond[axis] ** 2 for axis in axes)
+        total += lines * math.prod(2 * k - 1 for axis, k in enumerate(geometry.kernel) if axis not in axes)
+    return total
+
+
+def _of_rows(form: Form, geometry: Geometry, examples: int, channels: int, rates: Rates) -> Cost:
     """One product of all rows with themselves; patches have to be written first."""
     rows = examples * (expansion(geometry) / math.prod(geometry.kernel)) * math.prod(geometry.space)
     features = channels // geometry.groups * math.prod(geometry.kernel)
     flops = round(2 * rows * geometry.groups * features**2)
-    copied = rows * geometry.groups * features * _COPY if form == "patches" else 0.0
-    return Cost(form=form, flops=flops, time=flops / _FAST + copied)
+    copied = rows * geometry.groups * features * rates.copy if form == "patches" else 0.0
+    return Cost(form=form, flops=flops, time=flops / rates.fast + copied + rates.few)
 
 
-def _of_autocorrelation(form: Form, geometry: Geometry, examples: int, channels: int) -> Cost:
-    """Stride 1: lags, their spreading over A, and strips at the edges."""
-    if not geometry.kernel:
-        flops = 2 * examples * channels**2 // geometry.groups
-        return Cost(form=form, flops=flops, time=flops / _SLOW)
-    name: Form = "products" if len(geometry.kernel) == 1 else form
-    lags = {"products": _products, "convolution": _convolution, "transform": _transform}[name]
-    flops, time = lags(geometry, examples, channels)
-    elements = geometry.groups * (channels // geometry.groups * math.prod(geometry.kernel)) ** 2
-    time += _GATHER * elements
-    for axis, (k, d, p) in enumerate(zip(geometry.kernel, geometry.dilation, geometry.padding, strict=True)):
-        beyond = d * (k - 1) - p
-        if beyond <= 0:
-            continue
-        strip = _of_autocorrelation(
-            form, _without(geometry, axis), examples * beyond, channels * (k - (p + 1 + d - 1) // d)
-        )
-        flops, time = flops + 2 * strip.flops, time + 2 * (strip.time + _EDGE * elements)
-    return Cost(form=form, flops=flops, time=time)
+def _of_autocorrelation(form: Form, geometry: Geometry, examples: int, channels: int, rates: Rates) -> Cost:
+    """Stride 1: lags of the image and of its edges, and the product that gives every pair of taps."""
+    volume, beyond, rank = math.prod(geometry.kernel), lines_beyond(geometry), len(geometry.kernel)
+    flops, time = 0, rates.many
+    for axes in edge_subsets(geometry):
+        sides, lines = 2 ** len(axes), math.prod(beyond[axis] for axis in axes)
+        kept = [axis for axis in range(rank) if axis not in axes]
+        part = along(geometry, kept, geometry.groups * sides)
+        lags = {0: _no_lags, 1: _products}.get(len(kept), _transform if form == "transform" else _convolution)
+        more = lags(part, examples, channels * sides * lines, rates)
+        flops, time = flops + more[0], time + more[1]
+    pairs, sources = channels**2 // geometry.groups, _num_sources(geometry)
+    table = 2 * pairs * sources * volume**2
+    time += table / rates.slow + pairs * (volume**2 + sources) * rates.write
+    return Cost(form=form, flops=flops + table, time=time)
 
 
-def _without(geometry: Geometry, axis: int) -> Geometry:
-    def others(values: Sequence[int]) -> tuple[int, ...]:
-        return (*values[:axis], *values[axis + 1 :])
-
-    return replace(
-        geometry,
-        kernel=others(geometry.kernel),
-        stride=others(geometry.stride),
-        padding=others(geometry.padding),
-        dilation=others(geometry.dilation),
-        space=others(geometry.space),
-    )
+def _no_lags(geometry: Geometry, examples: int, channels: int, rates: Rates) -> tuple[int, float]:
+    flops = 2 * examples * channels**2 // geometry.groups
+    return flops, flops / rates.slow + geometry.groups * rates.call
 
 
-def _num_offsets(kernel: Sequence[int]) -> int:
-    return kernel[0] * math.prod(2 * k - 1 for k in kernel[1:])
+def _products(geometry: Geometry, examples: int, channels: int, rates: Rates) -> tuple[int, float]:
+    pixels, kernel = examples * geometry.space[0], geometry.kernel[0]
+    flops = 2 * pixels * kernel * channels**2 // geometry.groups
+    moved = pixels * (kernel + 1) * channels * rates.move
+    return flops, flops / rates.fast + geometry.groups * rates.call + moved
 
 
-def _products(geometry: Geometry, examples: int, channels: int) -> tuple[int, float]:
-    flops = 2 * examples * geometry.space[0] * geometry.kernel[0] * channels**2 // geometry.groups
-    return flops, flops / _SLOW + geometry.kernel[0] * geometry.groups * _CALL
+def _convolution(geometry: Geometry, examples: int, channels: int, rates: Rates) -> tuple[int, float]:
+    pixels, per_group = examples * math.prod(geometry.space), channels // geometry.groups
+    offsets = geometry.kernel[0] * math.prod(2 * k - 1 for k in geometry.kernel[1:])
+    flops = 2 * offsets * pixels * channels * per_group
+    return flops, flops / (1.4 * rates.slow * per_group / (per_group + 20))
 
 
-def _convolution(geometry: Geometry, examples: int, channels: int) -> tuple[int, float]:
-    pixels = examples * math.prod(geometry.space)
-    flops = 2 * _num_offsets(geometry.kernel) * pixels * channels**2 // geometry.groups
-    return flops, flops / _SLOW
-
-
-def _transform(geometry: Geometry, examples: int, channels: int) -> tuple[int, float]:
+def _transform(geometry: Geometry, examples: int, channels: int, rates: Rates) -> tuple[int, float]:
     periods = periods_without_wrap(geometry)
     sizes, space = num_frequencies(periods), geometry.space
     transforms = 4 * examples * channels * math.prod(space[:-1]) * space[-1] * sizes[-1]
@@ -142,9 +190,13 @@ def _transform(geometry: Geometry, examples: int, channels: int) -> tuple[int, f
         transforms += 8 * examples * channels * rest * space[axis] * sizes[axis]
     frequencies, entries = math.prod(sizes), channels**2 // geometry.groups
     grams = 6 * examples * frequencies * entries
-    back = 4 * _num_offsets(geometry.kernel) * frequencies * entries
-    calls = 3 * frequencies * geometry.groups * _CALL
-    return transforms + grams + back, (transforms + grams) / _SLOW + back / _FAST + calls
+    offsets = math.prod(2 * k - 1 for k in geometry.kernel)
+    back = 4 * offsets * frequencies * entries
+    moved = examples * channels * math.prod(space) * rates.move
+    written = (2 * frequencies + offsets) * entries * rates.write / 2
+    calls = 2 * frequencies * geometry.groups * rates.call
+    time = (transforms + grams) / rates.slow + back / rates.fast + calls + moved + written
+    return transforms + grams + back, time
 
 
 def periods_without_wrap(geometry: Geometry) -> list[int]:

@@ -1,7 +1,7 @@
-"""Read fx nodes and splice torch functions into a graph.
+"""Read fx nodes, trace torch functions.
 
 Enters: graphs made by `capture`. Leaves: facts about nodes (what produced a gradient, forward or backward,
-source line) and new nodes traced from ordinary torch functions. Nothing here knows a layer kind or a method.
+source line), copies and graphs of ordinary torch functions. Nothing here knows a layer kind or a method.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
 
 from kfac_fx.errors import CaptureError
 from kfac_fx.types import Source
@@ -120,47 +119,13 @@ def fake_empty(graph: Graph, sizes: Sequence[int], *, dtype: torch.dtype, device
         return torch.empty(tuple(sizes), dtype=dtype, device=device)
 
 
-def splice(
-    module: GraphModule,
-    function: Callable[..., Sequence[Tensor]],
-    arguments: Sequence[Node],
-    *,
-    before: Node,
-    label: str,
-    source: Source | None = None,
-) -> list[Node]:
-    """Trace `function` on the fake values of `arguments` and copy its nodes into the graph in front of
-    `before`.
-
-    Returns one node per returned tensor. Every copy carries `label` in `meta["kfac_fx"]`.
-    """
-    graph = module.graph
-    values = [value(node) for node in arguments]
-    with fake_mode(graph):
-        traced = make_fx(lambda *tensors: tuple(function(*tensors)))(*values)
-    inner = traced.graph
-    inner.eliminate_dead_code()
-    assert not any(is_mutation(node) for node in inner.nodes), "spliced functions must not work in place"
-    mapping: dict[Node, Any] = dict(zip(inner.find_nodes(op="placeholder"), arguments, strict=True))
-    with graph.inserting_before(before):
-        for node in inner.nodes:
-            if node.op in ("placeholder", "output"):
-                continue
-            if node.op == "get_attr":
-                name = f"_kfac_constant_{sum(1 for _ in module.buffers())}"
-                module.register_buffer(name, getattr(traced, str(node.target)))
-                copy = graph.get_attr(name)
-                copy.meta["val"] = node.meta.get("val", getattr(module, name))
-            else:
-                copy = graph.node_copy(node, lambda n: mapping[n])
-            mapping[node] = copy
-            copy.meta["kfac_fx"] = label
-            if source is not None:
-                copy.meta["stack_trace"] = (
-                    f'  File "{source.file}", line {source.line}, in forward\n    {source.code}'
-                )
-    outputs = inner.output_node().args[0]
-    return [mapping[node] for node in outputs]  # type: ignore[union-attr,index]
+def traced(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Node]) -> GraphModule:
+    """The graph of a function of tensors like the fake values of `arguments`, which belong to one graph."""
+    with fake_mode(arguments[0].graph):
+        module = make_fx(lambda *tensors: tuple(function(*tensors)))(*map(value, arguments))
+    module.graph.eliminate_dead_code()
+    assert not any(is_mutation(node) for node in module.graph.nodes), "spliced functions work in place"
+    return module
 
 
 def copy_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

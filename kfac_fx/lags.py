@@ -1,7 +1,8 @@
 """The autocorrelation of images at the few lags that a convolution's kernel spans.
 
 `R[h, h', o] = sum over examples and pixels u of x[h, u] x[h', u + d o]`, x extended by zeros, for the offsets
-o between two taps of a kernel. Half of them determine the rest, `R[h, h', -o] = R[h', h, o]`, so o_1 >= 0.
+o between two taps of a kernel, K - 1 in both directions of each axis. All functions return
+[groups, C/groups, C/groups, offsets].
 
 Two ways, both exact: the discrete Fourier transform of every image, long enough that nothing wraps around,
 written as matrix products (a Gram matrix per frequency, then back at the wanted offsets alone); or the
@@ -19,26 +20,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight, conv3d_weight
 
-from kfac_fx.forms import num_frequencies, periods_without_wrap
+from kfac_fx.forms import num_frequencies, patch_chunks, periods_without_wrap, transform_chunks
 from kfac_fx.layout import Geometry
 
 _WEIGHT_GRADIENT = {2: conv2d_weight, 3: conv3d_weight}
 
 
 def lags_by_products(x: Tensor, geometry: Geometry) -> Tensor:
-    """R of lines [N, C, length], one matrix product per offset: [groups, C/groups, C/groups, K]."""
-    (kernel,), (dilation,), length = geometry.kernel, geometry.dilation, x.shape[2]
-    rows = x.unflatten(1, (geometry.groups, -1)).permute(1, 2, 0, 3)  # [groups, C, N, length]
-    lags = []
-    for tap in range(kernel):
-        kept = max(length - dilation * tap, 0)
-        left, right = rows.narrow(3, 0, kept), rows.narrow(3, length - kept, kept)
-        lags.append(left.flatten(2) @ right.flatten(2).mT)
-    return torch.stack(lags, 3)
+    """R of lines [N, C, length], as products with the line moved."""
+    (kernel,), (dilation,), channels = geometry.kernel, geometry.dilation, x.shape[1] // geometry.groups
+    total = None
+    for part in x.chunk(min(patch_chunks(geometry), x.shape[0])):
+        rows = part.unflatten(1, (geometry.groups, -1)).permute(1, 2, 0, 3)  # [groups, C, N, length]
+        moved = F.pad(rows, (0, dilation * (kernel - 1))).unfold(
+            3, rows.shape[3], dilation
+        )  # ..., K, length]
+        product = torch.bmm(rows.flatten(2), moved.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2))
+        total = product if total is None else total + product
+    assert total is not None
+    return _both_directions(total.unflatten(2, (channels, kernel)))
 
 
 def lags_by_convolution(x: Tensor, geometry: Geometry) -> Tensor:
-    """R of images [N, C, *space] (two or three axes): [groups, C/groups, C/groups, K1, 2 K2 - 1, ...]."""
+    """R of images [N, C, *space] (two or three axes), as the gradient of a weight."""
     kernel, channels, rank = geometry.kernel, x.shape[1] // geometry.groups, len(geometry.kernel)
     reach = [d * (k - 1) for k, d in zip(kernel, geometry.dilation, strict=True)]
     gradient = _WEIGHT_GRADIENT[rank](
@@ -49,40 +53,73 @@ def lags_by_convolution(x: Tensor, geometry: Geometry) -> Tensor:
         dilation=geometry.dilation,  # type: ignore[arg-type]
         groups=geometry.groups,
     )
-    return gradient.unflatten(0, (geometry.groups, channels))
+    return _both_directions(gradient.unflatten(0, (geometry.groups, channels)))
+
+
+def _both_directions(lags: Tensor) -> Tensor:
+    """All offsets from those that do not point back along the first axis, [groups, C, C, K1, ...].
+
+    R[h, h', -o] = R[h', h, o], and -o stands at the mirrored place.
+    """
+    flat = lags.flatten(3)
+    back = (lags.shape[3] - 1) * (flat.shape[3] // lags.shape[3])
+    return torch.cat([flat.transpose(1, 2).flip(3)[..., :back], flat], 3) if back else flat
 
 
 def lags_by_transform(x: Tensor, geometry: Geometry) -> Tensor:
-    """What `lags_by_convolution` returns, through the discrete Fourier transform."""
+    """R of images [N, C, *space] (two or three axes), through the discrete Fourier transform."""
     groups, channels = geometry.groups, x.shape[1] // geometry.groups
-    periods = periods_without_wrap(replace(geometry, space=tuple(x.shape[2:])))
-    real, imaginary = _transformed(x, periods)
-    if groups > 1:  # [frequencies, N, groups, C] -> a batch of matrices per group
-        split = (t.unflatten(2, (groups, channels)).transpose(1, 2).flatten(0, 1) for t in (real, imaginary))
-        real, imaginary = split
-    even = torch.baddbmm(real.mT @ real, imaginary.mT, imaginary)
-    odd = real.mT @ imaginary
+    geometry = replace(geometry, space=tuple(x.shape[2:]))
+    periods = periods_without_wrap(geometry)
+    parts = _transformed(x, periods)  # [frequencies, real and imaginary, N, C]
     cosines, sines = _inverse_tables(periods, geometry, x)
-    frequencies = cosines.shape[1]
-    symmetric = (cosines @ even.reshape(frequencies, -1)).unflatten(1, (groups, channels, channels))
-    skew = (sines @ odd.reshape(frequencies, -1)).unflatten(1, (groups, channels, channels))
-    lags = (symmetric - (skew - skew.mT)).permute(1, 2, 3, 0).contiguous()
-    return lags.unflatten(3, (geometry.kernel[0], *(2 * k - 1 for k in geometry.kernel[1:])))
+    chunks = transform_chunks(geometry, x.shape[0], x.shape[1])
+    symmetric = skew = None
+    pieces = (parts, 0), (cosines, 1), (sines, 1)
+    for part, cosine, sine in zip(*(t.chunk(chunks, d) for t, d in pieces), strict=True):
+        num = part.shape[0]
+        if groups > 1:  # a batch of matrices per group
+            part = part.unflatten(3, (groups, channels)).movedim(3, 1).flatten(0, 1)
+        rows = part.flatten(1, 2)
+        even, odd = torch.bmm(rows.mT, rows), torch.bmm(part[:, 0].mT, part[:, 1])
+        symmetric = _plus(symmetric, cosine, even.reshape(num, -1))
+        skew = _plus(skew, sine, odd.reshape(num, -1))
+    assert symmetric is not None and skew is not None
+    skew = skew.unflatten(1, (groups, channels, channels))
+    return (symmetric.view_as(skew) - (skew - skew.mT)).permute(1, 2, 3, 0)
 
 
-def _transformed(x: Tensor, periods: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of the transform of [N, C, *space]: [frequencies, N, C] each."""
-    space, rank = x.shape[2:], len(periods)
+def _plus(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left, right) if total is None else torch.addmm(total, left, right)
+
+
+def _transformed(x: Tensor, periods: Sequence[int]) -> Tensor:
+    """Real and imaginary part of the transform of [N, C, *space]: [frequencies, 2, N, C].
+
+    Frequencies run over the last axis first.
+    """
+    space, rank, num_examples, channels = x.shape[2:], len(periods), x.shape[0], x.shape[1]
     sizes = num_frequencies(periods)
-    y = x.permute(*range(2, 2 + rank), 0, 1).reshape(*space, -1)
+    y = x.permute(*range(2, 2 + rank), 0, 1).reshape(math.prod(space[:-1]), space[-1], -1)
     cosine, sine = _table(sizes[-1], space[-1], periods[-1], x)
-    y = torch.cat([cosine, -sine]) @ y  # [..., (2, F), N C]
+    y = _products(torch.cat([cosine, -sine]), y)  # [rest, (2, F), N C]
+    done = sizes[-1]
+    y = y.reshape(math.prod(space[:-1]), 2, done, -1)
     for axis in reversed(range(rank - 1)):
         cosine, sine = _table(sizes[axis], space[axis], periods[axis], x)
         rows = torch.stack([cosine, sine], 2).flatten(1), torch.stack([-sine, cosine], 2).flatten(1)
-        y = torch.cat(rows) @ y.reshape(*space[:axis], 2 * space[axis], -1)
-    real, imaginary = y.reshape(2, -1, x.shape[0], x.shape[1]).unbind(0)
-    return real, imaginary
+        both = torch.stack(rows, 1).flatten(0, 1)  # [(F, 2), (length, 2)]
+        y = y.reshape(-1, 2 * space[axis], done, y.shape[-1]).transpose(1, 2).flatten(0, 1)
+        y = _products(both, y)  # [(rest, frequencies), (F, 2), N C]
+        y = y.reshape(-1, done, sizes[axis], 2, y.shape[-1])
+        done *= sizes[axis]
+        y = y.permute(0, 3, 1, 2, 4).reshape(-1, 2, done, y.shape[-1]) if axis else y.flatten(0, 2)
+    return y.reshape(done, 2, num_examples, channels)
+
+
+def _products(table: Tensor, batch: Tensor) -> Tensor:
+    """One matrix times every matrix of a batch."""
+    return torch.bmm(table.expand(batch.shape[0], -1, -1), batch)
 
 
 def _table(frequencies: int, length: int, period: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,15 +134,15 @@ def _inverse_tables(periods: Sequence[int], geometry: Geometry, like: Tensor) ->
     rank, sizes = len(periods), num_frequencies(periods)
     turns = torch.zeros((1,) * 2 * rank, dtype=torch.float64, device=like.device)
     for axis, (k, d, period) in enumerate(zip(geometry.kernel, geometry.dilation, periods, strict=True)):
-        offset = torch.arange(1 - k if axis else 0, k, device=like.device) * d
+        offset = torch.arange(1 - k, k, device=like.device) * d
         product = offset.unsqueeze(1) * torch.arange(sizes[axis], device=like.device) % period
         shape = [1] * 2 * rank
-        shape[axis], shape[rank + axis] = product.shape
+        shape[axis], shape[-1 - axis] = product.shape  # frequencies: the last axis first
         turns = turns + (product.to(torch.float64) / period).reshape(shape)
     last = torch.arange(sizes[-1], device=like.device)
     alone = (last == 0) | (2 * last == periods[-1])  # the others stand for their mirror images too
     weight = torch.where(alone, 1.0, 2.0).to(torch.float64) / math.prod(periods)
-    angle = 2 * math.pi * turns
+    weight, angle = weight.reshape(-1, *(1,) * (rank - 1)), 2 * math.pi * turns
     tables = (angle.cos() * weight, angle.sin() * weight)
     cosines, sines = (t.reshape(-1, math.prod(sizes)).to(like.dtype) for t in tables)
     return cosines, sines

@@ -4,7 +4,7 @@ convolutions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -111,3 +111,23 @@ def phase_geometry(geometry: Geometry) -> Geometry:
     space = tuple(o + t - 1 for o, t in zip(output_sizes(geometry), taps, strict=True))
     ones, zeros = (1,) * len(taps), (0,) * len(taps)
     return replace(geometry, kernel=taps, stride=ones, padding=zeros, space=space)
+
+
+def lines_beyond(geometry: Geometry) -> list[int]:
+    """How many outputs beyond each side of the grid still read pixels, per axis, with stride 1; also, how
+    many lines of pixels they read. Not positive where the padding covers the kernel.
+    """
+    axes = zip(geometry.kernel, geometry.dilation, geometry.padding, geometry.space, strict=True)
+    return [min(dilation * (kernel - 1) - padding, size) for kernel, dilation, padding, size in axes]
+
+
+def along(geometry: Geometry, axes: Sequence[int], groups: int) -> Geometry:
+    """The same along some axes alone, with other groups, stride 1 and no padding."""
+    return Geometry(
+        kernel=tuple(geometry.kernel[i] for i in axes),
+        stride=(1,) * len(axes),
+        padding=(0,) * len(axes),
+        dilation=tuple(geometry.dilation[i] for i in axes),
+        groups=groups,
+        space=tuple(geometry.space[i] for i in axes),
+    )

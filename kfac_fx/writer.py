@@ -16,6 +16,7 @@ from torch.fx import Node
 from kfac_fx import graph as fxgraph
 from kfac_fx.canonical import initial_state, state_owner
 from kfac_fx.contracts import Plan
+from kfac_fx.splice import splice
 from kfac_fx.types import LayerMatch, Source
 
 Key = tuple[str, str]
@@ -85,7 +86,7 @@ class GraphWriter:
     ) -> list[Node]:
         """Write what a function computes from nodes of the copy; before the end, if not said otherwise."""
         place = self.end if before is None else before
-        return fxgraph.splice(
+        return splice(
             self.module, function, arguments, before=place, label=f"inserted, {label}", source=source
         )
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_fx.autocorrelation import input_moment, patch_moment, position_sums
-from kfac_fx.forms import LARGEST_PATCHES, choose, costs, expansion
+from kfac_fx.forms import LARGEST_PATCHES, choose, costs
 from kfac_fx.layout import Geometry, output_sizes
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -111,11 +112,45 @@ def image(kernel: int, stride: int, padding: int, *, size: int) -> Geometry:
     )
 
 
-def test_no_chosen_form_writes_patches_that_dwarf_the_image() -> None:
-    for kernel, stride, size in [(3, 1, 32), (7, 2, 224), (5, 2, 28), (11, 4, 224), (3, 1, 7)]:
-        geometry = image(kernel, stride, kernel // 2, size=size)
-        assert expansion(geometry) > LARGEST_PATCHES
-        assert choose(geometry, examples=8, channels=16).form in ("transform", "convolution")
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size", "examples", "channels"),
+    [
+        (3, 1, 32, 4, 16),
+        (3, 1, 7, 2, 64),
+        (3, 2, 32, 4, 16),
+        (7, 2, 64, 16, 3),
+        (5, 2, 28, 8, 4),
+        (11, 4, 64, 16, 3),
+    ],
+)
+def test_no_form_holds_more_than_two_and_a_half_images_or_the_factor(
+    kernel: int, stride: int, size: int, examples: int, channels: int
+) -> None:
+    """Every tensor is looked at as it is made."""
+    geometry = image(kernel, stride, kernel // 2, size=size)
+    x = torch.randn(examples, channels, size, size)
+    padded = x.numel() * (1 + (2 * (kernel // 2) + stride) / size) ** 2
+    factor = (channels * kernel**2) ** 2
+    for cost in costs(geometry, examples=examples, channels=channels):
+        with Largest() as largest:
+            patch_moment(x, geometry, cost.form)
+        assert largest.numel <= max(LARGEST_PATCHES * padded, factor), cost.form
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest result inside."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it and look."""
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and not func.is_view:
+            self.numel = max(self.numel, found.numel())
+        return found
+
+
+def test_one_pixel_kernels_are_plain_products_of_pixels() -> None:
     assert choose(image(1, 1, 0, size=32), examples=8, channels=16).form == "pixels"
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("types",),
     ("traced",),
     ("contracts", "graph", "linalg", "gram", "loss", "forms"),
-    ("walk", "canonical", "batch", "hessian", "rows", "lags", "newton", "woodbury", "spectrum"),
+    ("walk", "splice", "canonical", "batch", "hessian", "rows", "lags", "newton", "woodbury", "spectrum"),
     ("autocorrelation",),
     ("passes", "layers", "methods"),
     ("record", "assemble"),

@@ -148,7 +148,7 @@ def test_a_window_of_d_rows_becomes_the_average_of_all_its_batches(
 
 def test_w6_all_positions_give_the_dense_expand_factor() -> None:
     a = draw(2, 4, 5, 3)
-    x = rows.input_rows([InputRows(rows=a, ones=True)], reduced=False, bias=True, positions=[torch.arange(5)])
+    x = rows.input_rows([InputRows(rows=a, ones=True)], bias=True, positions=[torch.arange(5)])
     whole = torch.cat([a, torch.ones_like(a[..., :1])], -1).flatten(1, 2)
     assert relative_error(x.mT @ x, torch.einsum("gni,gnj->gij", whole, whole) / 20) < TOLERANCE
 
@@ -160,7 +160,7 @@ def test_w8_the_mean_over_all_choices_of_positions_is_the_expand_factor() -> Non
     uses = [InputRows(rows=a, ones=True)]
     found_a, found_g = 0.0, 0.0
     for choice in choices:
-        x = rows.input_rows(uses, reduced=False, bias=True, positions=[choice])[0]
+        x = rows.input_rows(uses, bias=True, positions=[choice])[0]
         y = rows.output_rows([g], terms, reduced=False, positions=[choice])[0]
         assert x.shape == (8, 4) and y.shape == (8, 2)
         found_a, found_g = found_a + x.T @ x / len(choices), found_g + y.T @ y / len(choices)

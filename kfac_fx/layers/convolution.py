@@ -18,7 +18,7 @@ from torch.fx import Node
 from kfac_fx.errors import Reason
 from kfac_fx.forms import choose
 from kfac_fx.gram import patches
-from kfac_fx.graph import aten, getitem_source, is_op, shape
+from kfac_fx.graph import aten, getitem_source, is_op, shape, value
 from kfac_fx.layers.kind import Facts, Product
 from kfac_fx.layout import Geometry, Permute, View
 from kfac_fx.types import Use
@@ -74,7 +74,9 @@ class Convolution:
             steps=_layout(geometry, channels_in, channels_out, shape(weight)),
             bias_root=(node, 2),
             geometry=geometry,
-            options={"form": choose(geometry, examples=num, channels=shape(a)[1]).form},
+            options={
+                "form": choose(geometry, examples=num, channels=shape(a)[1], device=value(a).device.type).form
+            },
         )
 
     def input_rows(self, use: Use, a: Tensor, operands: tuple[Tensor, ...]) -> Tensor:

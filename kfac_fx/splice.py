@@ -1,0 +1,100 @@
+"""Writes torch functions into a graph: traced, made small, copied in front of a node.
+
+Enters: a function of tensors, the nodes that are its arguments. Leaves: the nodes of its results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from kfac_fx import graph as fxgraph
+from kfac_fx.graph import aten, has_effect, is_op
+from kfac_fx.types import Source
+
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+_RESIZES = (*_VIEWS, aten.expand.default)
+
+
+def splice(
+    module: GraphModule,
+    function: Callable[..., Sequence[Tensor]],
+    arguments: Sequence[Node],
+    *,
+    before: Node,
+    label: str,
+    source: Source | None = None,
+) -> list[Node]:
+    """Trace `function` on the fake values of `arguments` and copy its nodes into the graph in front of
+    `before`.
+
+    Returns one node per returned tensor. Every copy carries `label` in `meta["kfac_fx"]`.
+    """
+    traced = fxgraph.traced(function, arguments)
+    _fold_constants(traced)
+    _drop_idle_views(traced)
+    graph, inner = module.graph, traced.graph
+    mapping: dict[Node, Any] = dict(zip(inner.find_nodes(op="placeholder"), arguments, strict=True))
+    with graph.inserting_before(before):
+        for node in inner.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            if node.op == "get_attr":
+                name = f"_kfac_constant_{sum(1 for _ in module.buffers())}"
+                module.register_buffer(name, getattr(traced, str(node.target)))
+                copy = graph.get_attr(name)
+                copy.meta["val"] = node.meta.get("val", getattr(module, name))
+            else:
+                copy = graph.node_copy(node, lambda n: mapping[n])
+            mapping[node] = copy
+            copy.meta["kfac_fx"] = label
+            if source is not None:
+                copy.meta["stack_trace"] = (
+                    f'  File "{source.file}", line {source.line}, in forward\n    {source.code}'
+                )
+    outputs = inner.output_node().args[0]
+    return [mapping[node] for node in outputs]  # type: ignore[union-attr,index]
+
+
+def _fold_constants(traced: GraphModule) -> None:
+    """Compute what depends on no input, such as tables of cosines, now instead of at every step.
+
+    A plain creation (zeros, arange, eye) stays: it is as cheap as reading it, and says what it is.
+    """
+    known: dict[Node, Any] = {}
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = getattr(traced, str(node.target))
+        elif node.op == "call_function" and not has_effect(node) and known.keys() >= {*node.all_input_nodes}:
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    for node, constant in known.items():
+        read = any(user not in known for user in node.users)
+        if not read or not node.all_input_nodes or not isinstance(constant, Tensor):
+            continue
+        name = f"_folded_{sum(1 for _ in traced.buffers())}"
+        traced.register_buffer(name, constant)
+        with traced.graph.inserting_before(node):
+            copy = traced.graph.get_attr(name)
+        copy.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(copy)
+    traced.graph.eliminate_dead_code()
+
+
+def _drop_idle_views(traced: GraphModule) -> None:
+    """Of views of views the last alone stays, and none that changes nothing."""
+    for node in traced.graph.nodes:
+        if not is_op(node, *_RESIZES):
+            continue
+        read = node.args[0]
+        while is_op(node, *_VIEWS) and is_op(read, *_VIEWS):
+            read = read.args[0]
+        node.update_arg(0, read)
+        like, kept = fxgraph.value(read), fxgraph.value(node)
+        if like.shape == kept.shape and like.stride() == kept.stride():
+            node.replace_all_uses_with(read)
+    traced.graph.eliminate_dead_code()
