@@ -35,12 +35,15 @@ def gradient_pairs(plan: Plan) -> GraphModule:
         own = [name for name in (match.weight, match.bias) if name is not None]
         arguments = [mapping[plan.capture.gradients[name]] for name in own] + [mapping[n] for n in nodes]
 
-        def run(*tensors: Tensor, match: LayerMatch = match, own: Sequence[str] = own) -> list[Tensor]:
+        def run(*tensors: Tensor, match: LayerMatch = match, own: Sequence[str] = own) -> dict[str, Tensor]:
             gradients = dict(zip(own, tensors, strict=False))
             values = use_values(match, tensors[len(own) :], training=True)
-            return [to_matrix(match, gradients).contiguous(), reconstructed(match, values)]
+            return {
+                "autograd": to_matrix(match, gradients).contiguous(),
+                "match": reconstructed(match, values),
+            }
 
-        results += splice(module, run, arguments, before=output, label=f"check of {match.name}")
+        results += splice(module, run, arguments, before=output, label=f"check of {match.name}").values()
     output.args = (tuple(results),)
     keep = frozenset(mapping[n] for n in plan.capture.graph.graph.nodes if fxgraph.has_effect(n))
     fxgraph.eliminate_dead(module, keep)

@@ -5,7 +5,8 @@ Enters: a plan and tensors in a stated order. Leaves: tensors. No graph is read 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from torch.fx import Node
@@ -26,15 +27,44 @@ from kfac_fx.types import LayerMatch, State, Use
 KINDS_BY_NAME = {kind.name: kind for kind in KINDS}
 
 
+def signature(plan: Plan, match: LayerMatch) -> Hashable:
+    """All that decides what the functions below compute for a layer, but the sizes of its tensors.
+
+    Layers of equal signatures differ in names and places alone. None: a method that cannot be compared.
+    """
+    if not isinstance(plan.method, Hashable):
+        return None
+    readers = tuple(_outline(other) for other in _readers(plan, match))
+    return plan.method, plan.sharing, plan.capture.loss_info.ignores, _outline(match), readers
+
+
+def _outline(match: LayerMatch) -> Hashable:
+    """A match without names, nodes and lines."""
+    uses = tuple(
+        (
+            use.a is None,
+            len(use.g),
+            len(use.operands),
+            use.geometry,
+            use.scale,
+            use.bias,
+            repr(sorted(use.options.items())),
+        )
+        for use in match.uses
+    )
+    bias = None if match.bias is None else "bias"
+    return replace(match, uses=(), name="", key="", weight="", bias=bias, shared_a="", source=None), uses
+
+
 def layer_function(
     plan: Plan, match: LayerMatch, names: list[str], state_names: list[str]
-) -> Callable[..., Sequence[Tensor]]:
+) -> Callable[..., dict[str, Tensor]]:
     """(gradients of weight and bias, state tensors) -> canonical gradient and direction of one layer."""
 
-    def run(*tensors: Tensor) -> Sequence[Tensor]:
+    def run(*tensors: Tensor) -> dict[str, Tensor]:
         matrix = to_matrix(match, dict(zip(names, tensors, strict=False)))
         state = dict(zip(state_names, tensors[len(names) :], strict=True))
-        return matrix, plan.method.precondition(state, matrix)
+        return {"gradient": matrix, "direction": plan.method.precondition(state, matrix)}
 
     return run
 
@@ -90,13 +120,11 @@ def use_values(
 
 
 def statistics_function(
-    plan: Plan, match: LayerMatch, wanted: list[str], index: int | None
+    plan: Plan, match: LayerMatch, wanted: Sequence[str]
 ) -> Callable[..., dict[str, Tensor]]:
-    """(nodes of `use_nodes`, 1/R_, nodes of `reader_nodes`, the layer's state, the layers' weights) ->
-    statistics.
+    """(nodes of `use_nodes`, 1/R_, nodes of `reader_nodes`, the layer's state) -> the batch's statistics.
 
-    wanted: names of statistics. index: the layer's place among the weights, and the result is the changed
-    state; None: no weights, and the result is the batch's statistics.
+    wanted: their names.
     """
     num_nodes, num_read = len(use_nodes(match)), len(reader_nodes(plan, match))
     names = list(initial_state(plan, match))
@@ -113,13 +141,21 @@ def statistics_function(
             readers=_reader_values(plan, match, tensors[num_nodes + 1 : start]),
         )
         dtype = state_dtype(plan, match)
-        state = dict(zip(names, tensors[start : start + len(names)], strict=True))
+        state = dict(zip(names, tensors[start:], strict=True))
         batch = plan.method.batch_statistics(statistics, wanted, state)
-        batch = {name: batch[name].to(dtype) for name in wanted}
-        if index is None:
-            return batch
-        weight, scale = tensors[-1][index], tensors[num_nodes]
-        return plan.method.fold(state, batch, weight=weight, inverse_scale=scale)
+        return {name: batch[name].to(dtype) for name in wanted}
+
+    return run
+
+
+def fold_function(plan: Plan, match: LayerMatch, wanted: Sequence[str]) -> Callable[..., dict[str, Tensor]]:
+    """(the batch's statistics, the layer's state, 1/R_, the layer's weight) -> the changed state."""
+    names = list(initial_state(plan, match))
+
+    def run(*tensors: Tensor) -> dict[str, Tensor]:
+        batch = dict(zip(wanted, tensors, strict=False))
+        state = dict(zip(names, tensors[len(wanted) : -2], strict=True))
+        return plan.method.fold(state, batch, weight=tensors[-1], inverse_scale=tensors[-2])
 
     return run
 

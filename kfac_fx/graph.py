@@ -120,9 +120,18 @@ def fake_empty(graph: Graph, sizes: Sequence[int], *, dtype: torch.dtype, device
 
 
 def traced(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Node]) -> GraphModule:
-    """The graph of a function of tensors like the fake values of `arguments`, which belong to one graph."""
+    """The graph of a function of tensors like the fake values of `arguments`, which belong to one graph.
+
+    Tracing tells tensors apart by identity, so that a value that stands twice is given as two.
+    """
+    values: dict[int, Tensor] = {}
     with fake_mode(arguments[0].graph):
-        module = make_fx(lambda *tensors: tuple(function(*tensors)))(*map(value, arguments))
+        for tensor in map(value, arguments):
+            if id(tensor) in values:
+                sizes, strides = tensor.shape, tensor.stride()
+                tensor = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+            values[id(tensor)] = tensor
+        module = make_fx(lambda *tensors: tuple(function(*tensors)))(*values.values())
     module.graph.eliminate_dead_code()
     assert not any(is_mutation(node) for node in module.graph.nodes), "spliced functions work in place"
     return module
@@ -139,9 +148,17 @@ def copy_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     return GraphModule(module, graph, class_name=type(module).__name__), mapping
 
 
-def eliminate_dead(module: GraphModule, keep: frozenset[Node]) -> None:
-    """Remove nodes that no output needs; `keep` are nodes with effects (in-place updates, random draws)."""
+def eliminate_dead(
+    module: GraphModule, keep: frozenset[Node], placeholders: Iterable[Node] = ()
+) -> frozenset[Node]:
+    """Remove nodes that no output needs, and of these placeholders those that nothing reads any more.
+
+    keep: nodes with effects (in-place updates, random draws). Returns the removed placeholders.
+    """
     module.graph.eliminate_dead_code(is_impure_node=lambda n: n in keep or n.op in ("placeholder", "output"))
+    unused = frozenset(node for node in placeholders if not node.users)
+    for node in unused:
+        module.graph.erase_node(node)
     for node in module.graph.nodes:
         if is_op(node, aten.convolution_backward.default):
             used = {int(user.args[1]) for user in node.users}  # type: ignore[arg-type]
@@ -150,6 +167,7 @@ def eliminate_dead(module: GraphModule, keep: frozenset[Node]) -> None:
                 node.args = (*node.args[:-1], mask)
     relax_views(module)
     module.recompile()
+    return unused
 
 
 def relax_views(module: GraphModule) -> None:

@@ -7,7 +7,7 @@ captured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -17,7 +17,14 @@ from torch.fx import GraphModule, Node
 
 from kfac_fx.canonical import batch_names, from_matrices, gradient_names, initial_state, state_owner
 from kfac_fx.contracts import Plan
-from kfac_fx.functions import layer_function, reader_nodes, statistics_function, use_nodes
+from kfac_fx.functions import (
+    fold_function,
+    layer_function,
+    reader_nodes,
+    signature,
+    statistics_function,
+    use_nodes,
+)
 from kfac_fx.types import LayerMatch
 from kfac_fx.writer import GraphWriter, Key
 
@@ -91,49 +98,63 @@ def _write_statistics(writer: GraphWriter, weight: Node | None) -> dict[Key, Nod
     plan = writer.plan
     new: dict[Key, Node] = {}
     collected: set[Key] = set()
-    for index, match in enumerate(plan.matched):
+    weights: list[Node | None] = [None] * len(plan.matched)
+    if weight is not None and plan.matched:
+        weights = list(_apart(writer, weight))
+    for match, own in zip(plan.matched, weights, strict=True):
         owners = {name: (state_owner(plan, match, name), name) for name in batch_names(plan, match)}
-        wanted = [name for name, key in owners.items() if key not in collected]
+        wanted = tuple(name for name, key in owners.items() if key not in collected)
         if wanted:
             collected |= {owners[name] for name in wanted}
-            new |= _write_layer_statistics(writer, match, wanted, weight, index)
+            new |= _write_layer_statistics(writer, match, wanted, own)
     return new
 
 
+def _apart(writer: GraphWriter, weights: Node) -> Iterable[Node]:
+    """Each layer's weight."""
+
+    def run(tensor: Tensor) -> dict[str, Tensor]:
+        return {str(place): weight for place, weight in enumerate(tensor.unbind())}
+
+    return writer.splice(run, [weights], label="share of this batch", before=weights.next).values()
+
+
 def _write_layer_statistics(
-    writer: GraphWriter, match: LayerMatch, wanted: list[str], weight: Node | None, index: int
+    writer: GraphWriter, match: LayerMatch, wanted: tuple[str, ...], weight: Node | None
 ) -> dict[Key, Node]:
-    """Those of one layer. wanted: their names. index: the layer's place among the weights."""
-    plan = writer.plan
-    function = statistics_function(plan, match, wanted, None if weight is None else index)
-    changed: list[str] = []
-
-    def run(*tensors: Tensor) -> list[Tensor]:
-        results = function(*tensors)
-        changed[:] = results
-        return list(results.values())
-
+    """Those of one layer. wanted: their names. weight: the layer's."""
+    plan, states = writer.plan, writer.states(match)
     read = [*use_nodes(match), plan.capture.inverse_scale, *reader_nodes(plan, match)]
-    extra = [*writer.states(match).values(), *([] if weight is None else [weight])]
+    place, alike = writer.after(read), signature(plan, match)
     results = writer.splice(
-        run,
-        [*map(writer.of, read), *extra],
+        statistics_function(plan, match, wanted),
+        [*map(writer.of, read), *states.values()],
         label=f"{', '.join(_named(plan, match, wanted))} of {match.name}",
-        before=writer.after(read),
+        before=place,
         source=match.source,
+        key=alike and ("statistics", alike, wanted),
     )
-    return {(state_owner(plan, match, name), name): node for name, node in zip(changed, results, strict=True)}
+    if weight is not None:
+        results = writer.splice(
+            fold_function(plan, match, wanted),
+            [*results.values(), *states.values(), writer.of(plan.capture.inverse_scale), weight],
+            label=f"new state of {match.name}",
+            before=place,
+            source=match.source,
+            key=alike and ("fold", alike, wanted),
+        )
+    return {(state_owner(plan, match, name), name): node for name, node in results.items()}
 
 
 def _gradient_check(writer: GraphWriter, gradients: list[Node]) -> Node:
     """One number that is finite if and only if all gradients are."""
 
-    def run(*tensors: Tensor) -> list[Tensor]:
+    def run(*tensors: Tensor) -> dict[str, Tensor]:
         real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
         sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in real]
-        return [torch.stack([total.to(torch.float64) for total in sums]).sum()]
+        return {"check": torch.stack([total.to(torch.float64) for total in sums]).sum()}
 
-    return writer.splice(run, gradients, label="finite if all gradients are")[0]
+    return writer.splice(run, gradients, label="finite if all gradients are", key="check")["check"]
 
 
 def _write_precondition(writer: GraphWriter, rates: Node, changed: Mapping[Key, Node]) -> dict[str, Node]:
@@ -153,30 +174,32 @@ def _write_precondition(writer: GraphWriter, rates: Node, changed: Mapping[Key, 
             name: changed.get((state_owner(plan, match, name), name), node)
             for name, node in writer.states(match).items()
         }
-        matrix, direction = writer.splice(
+        alike = signature(plan, match)
+        result = writer.splice(
             layer_function(plan, match, list(own), list(state)),
             [*own.values(), *state.values()],
             label=f"preconditioned gradient of {match.name}",
             source=match.source,
+            key=alike and ("precondition", alike),
         )
-        matrices.append(matrix)
-        directions.append(direction)
+        matrices.append(result["gradient"])
+        directions.append(result["direction"])
 
-    def rescale(*tensors: Tensor) -> list[Tensor]:
+    def rescale(*tensors: Tensor) -> dict[str, Tensor]:
         half = len(tensors) // 2
-        return plan.method.rescale(
-            list(tensors[:half]), list(tensors[half : 2 * half]), learning_rates=tensors[-1]
-        )
+        gradients, rates = list(tensors[half : 2 * half]), tensors[-1]
+        scaled = plan.method.rescale(list(tensors[:half]), gradients, learning_rates=rates)
+        return {match.key: direction for match, direction in zip(plan.matched, scaled, strict=True)}
 
     label = f"length of the update by {plan.method.name}"
-    directions = writer.splice(rescale, [*directions, *matrices, rates], label=label)
+    scaled = writer.splice(rescale, [*directions, *matrices, rates], label=label, key="rescale")
 
-    def back(*tensors: Tensor) -> list[Tensor]:
+    def back(*tensors: Tensor) -> dict[str, Tensor]:
         gradients = dict(zip(names, tensors, strict=False))
-        return list(from_matrices(plan, tensors[len(names) :], gradients).values())
+        return from_matrices(plan, tensors[len(names) :], gradients)
 
-    results = writer.splice(back, [*read.values(), *directions], label="back to the parameters' shapes")
-    return dict(zip(names, results, strict=True))
+    arguments = [*read.values(), *scaled.values()]
+    return writer.splice(back, arguments, label="back to the parameters' shapes", key="back")
 
 
 def _named(plan: Plan, match: LayerMatch, names: Sequence[str]) -> list[str]:

@@ -45,11 +45,11 @@ def backward_passes(
     then per pass its seed and its gradients. Called while tracing.
     """
     slopes = _slopes(loss, calls)
-    seed = torch.ones_like(loss)
-    outputs = [seed, *_gradients([loss], [seed], leaves, trace)]
-    with torch.no_grad():
+    with torch.no_grad():  # before the backward, so that statistics need not wait for its end
         scaled = [scaled_terms(call, slope) for call, slope in slopes]
         inverse = _inverse_scale([pair[0] for pair in scaled], loss, batch)
+    seed = torch.ones_like(loss)
+    outputs = [seed, *_gradients([loss], [seed], leaves, trace)]
     trace.calls = [call for call, _ in slopes]
     trace.weighted = [weights is not None for _, weights in scaled]
     if fisher != "empirical" and trace.calls:  # without calls `make_capture` refuses

@@ -5,7 +5,7 @@ Enters: a function of tensors, the nodes that are its arguments. Leaves: the nod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,21 +22,22 @@ _RESIZES = (*_VIEWS, aten.expand.default)
 
 def splice(
     module: GraphModule,
-    function: Callable[..., Sequence[Tensor]],
+    function: Callable[..., Mapping[str, Tensor]],
     arguments: Sequence[Node],
     *,
     before: Node,
     label: str,
     source: Source | None = None,
-) -> list[Node]:
+    key: Hashable = None,
+    known: dict[Hashable, GraphModule] | None = None,
+) -> dict[str, Node]:
     """Trace `function` on the fake values of `arguments` and copy its nodes into the graph in front of
     `before`.
 
-    Returns one node per returned tensor. Every copy carries `label` in `meta["kfac_fx"]`.
+    Returns the node of each returned tensor. Every copy carries `label` in `meta["kfac_fx"]`. key: equal for
+    functions that compute the same from tensors of equal sizes; such are traced once and kept in `known`.
     """
-    traced = fxgraph.traced(function, arguments)
-    _fold_constants(traced)
-    _drop_idle_views(traced)
+    traced = _traced(function, arguments, key, {} if known is None else known)
     graph, inner = module.graph, traced.graph
     mapping: dict[Node, Any] = dict(zip(inner.find_nodes(op="placeholder"), arguments, strict=True))
     with graph.inserting_before(before):
@@ -56,8 +57,35 @@ def splice(
                 copy.meta["stack_trace"] = (
                     f'  File "{source.file}", line {source.line}, in forward\n    {source.code}'
                 )
-    outputs = inner.output_node().args[0]
-    return [mapping[node] for node in outputs]  # type: ignore[union-attr,index]
+    outputs = zip(traced.meta["names"], inner.output_node().args[0], strict=True)  # type: ignore[arg-type]
+    return {name: mapping[node] for name, node in outputs}
+
+
+def _traced(
+    function: Callable[..., Mapping[str, Tensor]],
+    arguments: Sequence[Node],
+    key: Hashable,
+    known: dict[Hashable, GraphModule],
+) -> GraphModule:
+    """The function's graph, made small; its `meta["names"]` are those of what it returns."""
+    values = [fxgraph.value(node) for node in arguments]
+    place = (key, *((tuple(v.shape), v.stride(), v.dtype, v.device) for v in values))
+    if key is not None and place in known:
+        return known[place]
+    names: list[str] = []
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        results = function(*tensors)
+        names[:] = results
+        return list(results.values())
+
+    traced = fxgraph.traced(run, arguments)
+    _fold_constants(traced)
+    _drop_idle_views(traced)
+    traced.meta["names"] = tuple(names)
+    if key is not None:
+        known[place] = traced
+    return traced
 
 
 def _fold_constants(traced: GraphModule) -> None:

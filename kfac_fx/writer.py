@@ -6,7 +6,7 @@ compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import final
 
 import torch
@@ -77,17 +77,28 @@ class GraphWriter:
 
     def splice(
         self,
-        function: Callable[..., Sequence[Tensor]],
+        function: Callable[..., Mapping[str, Tensor]],
         arguments: Sequence[Node],
         *,
         label: str,
         before: Node | None = None,
         source: Source | None = None,
-    ) -> list[Node]:
-        """Write what a function computes from nodes of the copy; before the end, if not said otherwise."""
-        place = self.end if before is None else before
+        key: Hashable = None,
+    ) -> dict[str, Node]:
+        """Write what a function computes from nodes of the copy; before the end, if not said otherwise.
+
+        key: equal for functions that compute the same; equal layers, and the variants of one capture, are
+        traced once.
+        """
         return splice(
-            self.module, function, arguments, before=place, label=f"inserted, {label}", source=source
+            self.module,
+            function,
+            arguments,
+            before=self.end if before is None else before,
+            label=f"inserted, {label}",
+            source=source,
+            key=key,
+            known=self.plan.capture.graph.meta.setdefault("kfac_fx_traced", {}),
         )
 
     def after(self, captured: Sequence[Node]) -> Node:
@@ -101,14 +112,9 @@ class GraphWriter:
         collects: whether the Fisher's passes are kept, and with them what they update in place.
         """
         self.end.args = (tuple(outputs),)
-        fxgraph.eliminate_dead(self.module, self._effects(collects))
-        for key, node in list(self._states.items()):
-            if not node.users:
-                self.module.graph.erase_node(node)
-                del self._states[key]
+        unused = fxgraph.eliminate_dead(self.module, self._effects(collects), self._states.values())
         self.module.graph.lint()
-        self.module.recompile()
-        return tuple(self._states)
+        return tuple(key for key, node in self._states.items() if node not in unused)
 
     def _effects(self, collects: bool) -> frozenset[Node]:
         """In-place updates and random draws of the training pass.
