@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.forms import Form, edge_subsets, patch_chunks
+from kfac_fx.forms import Form, edge_subsets, patch_chunks, product_chunks
 from kfac_fx.gram import InputMoment, PositionSums, gram, patches, statistics_dtype, upsampled
 from kfac_fx.lags import lags_by_convolution, lags_by_products, lags_by_transform
 from kfac_fx.layout import Geometry, along, lines_beyond, output_sizes, phase_geometry
@@ -112,16 +112,21 @@ def _sources(x: Tensor, geometry: Geometry, axes: Sequence[int], lags: Lags) -> 
         near, far = x.narrow(dim, 0, lines), x.narrow(dim, x.shape[dim] - lines, lines)
         x = torch.stack([near, far], 1).flatten(1, 2).movedim(dim, 4).flatten(4, 5)
     sides, channels, lines = x.shape[1], x.shape[3], x.shape[4]
-    found = _every_lag(x.flatten(1, 4), along(geometry, kept, sides * groups), lags)
+    found = _lags(x.flatten(1, 4), along(geometry, kept, sides * groups), lags, whole=not axes)
     split = found.reshape(sides, groups, channels, lines, channels, lines, -1)
     return split.permute(1, 2, 4, 0, 3, 5, 6).flatten(3)
 
 
-def _every_lag(x: Tensor, geometry: Geometry, lags: Lags) -> Tensor:
-    """R of all offsets; of what has no axis left the second moment: [groups, C, C, offsets]."""
+def _lags(x: Tensor, geometry: Geometry, lags: Lags, *, whole: bool) -> Tensor:
+    """R of all offsets; of what has no axis left the second moment: [groups, C, C, offsets].
+
+    whole: of the image, not of strips, which are small.
+    """
     if not geometry.kernel:
         return gram(x.unflatten(1, (geometry.groups, -1)).transpose(0, 1)).unsqueeze(-1)
-    return (lags_by_products if len(geometry.kernel) == 1 else lags)(x, geometry).contiguous()
+    if len(geometry.kernel) == 1:
+        return lags_by_products(x, geometry, product_chunks(geometry, x.shape[0]) if whole else 1)
+    return lags(x, geometry)
 
 
 def _table(geometry: Geometry, axes: Sequence[int], like: Tensor) -> Tensor:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, final
 
 from kfac_fx.layout import Geometry, along, lines_beyond, output_sizes, phase_geometry
 
 Form = Literal["pixels", "patches", "products", "transform", "convolution"]
+Case = tuple[Geometry, int, int, str]  # geometry, examples, channels of all groups, type of device
 LARGEST_PATCHES = 2.5
 
+_PREFERRED: ContextVar[Mapping[Case, Form]] = ContextVar("preferred", default=MappingProxyType({}))
 _MOST_CHUNKS = 16
 _LARGEST_TABLE = 2**22
 
@@ -73,9 +78,23 @@ def words(form: Form, geometry: Geometry) -> str:
 
 
 def choose(geometry: Geometry, *, examples: int, channels: int, device: str = "cpu") -> Cost:
-    """The cheapest form. channels: of the input, all groups. device: its type, as torch names it."""
+    """The form that is `preferred` here, else the cheapest.
+
+    channels: of the input, all groups. device: its type, as torch names it.
+    """
     found = costs(geometry, examples=examples, channels=channels, device=device)
-    return min(found, key=lambda cost: cost.time)
+    wanted = _PREFERRED.get().get((geometry, examples, channels, device))
+    return min(found, key=lambda cost: (cost.form != wanted, cost.time))
+
+
+@contextmanager
+def preferred(forms: Mapping[Case, Form]) -> Iterator[None]:
+    """Inside, `choose` takes these forms where they are possible: what was measured, say."""
+    token = _PREFERRED.set(forms)
+    try:
+        yield
+    finally:
+        _PREFERRED.reset(token)
 
 
 def costs(geometry: Geometry, *, examples: int, channels: int, device: str = "cpu") -> list[Cost]:
@@ -105,6 +124,11 @@ def costs(geometry: Geometry, *, examples: int, channels: int, device: str = "cp
 def patch_chunks(geometry: Geometry) -> int:
     """In how many parts of the batch patches are written."""
     return max(1, math.ceil(expansion(geometry) / LARGEST_PATCHES))
+
+
+def product_chunks(geometry: Geometry, examples: int) -> int:
+    """In how many parts of the batch lines are moved by all offsets."""
+    return min(examples, math.ceil((2 * geometry.kernel[0] - 1) / LARGEST_PATCHES))
 
 
 def transform_chunks(geometry: Geometry, examples: int, channels: int) -> int:
@@ -169,8 +193,8 @@ def _no_lags(geometry: Geometry, examples: int, channels: int, rates: Rates) -> 
 
 def _products(geometry: Geometry, examples: int, channels: int, rates: Rates) -> tuple[int, float]:
     pixels, kernel = examples * geometry.space[0], geometry.kernel[0]
-    flops = 2 * pixels * kernel * channels**2 // geometry.groups
-    moved = pixels * (kernel + 1) * channels * rates.move
+    flops = 2 * pixels * (2 * kernel - 1) * channels**2 // geometry.groups
+    moved = pixels * 2 * kernel * channels * rates.move
     return flops, flops / rates.fast + geometry.groups * rates.call + moved
 
 

@@ -20,25 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight, conv3d_weight
 
-from kfac_fx.forms import num_frequencies, patch_chunks, periods_without_wrap, transform_chunks
+from kfac_fx.forms import num_frequencies, periods_without_wrap, transform_chunks
 from kfac_fx.layout import Geometry
 
 _WEIGHT_GRADIENT = {2: conv2d_weight, 3: conv3d_weight}
 
 
-def lags_by_products(x: Tensor, geometry: Geometry) -> Tensor:
-    """R of lines [N, C, length], as products with the line moved."""
+def lags_by_products(x: Tensor, geometry: Geometry, chunks: int) -> Tensor:
+    """R of lines [N, C, length], as products with the line moved. chunks: in how many parts of the batch."""
     (kernel,), (dilation,), channels = geometry.kernel, geometry.dilation, x.shape[1] // geometry.groups
-    total = None
-    for part in x.chunk(min(patch_chunks(geometry), x.shape[0])):
+    total, reach = None, dilation * (kernel - 1)
+    for part in x.chunk(chunks):
         rows = part.unflatten(1, (geometry.groups, -1)).permute(1, 2, 0, 3)  # [groups, C, N, length]
-        moved = F.pad(rows, (0, dilation * (kernel - 1))).unfold(
-            3, rows.shape[3], dilation
-        )  # ..., K, length]
+        moved = F.pad(rows, (reach, reach)).unfold(3, rows.shape[3], dilation)  # [..., offsets, length]
         product = torch.bmm(rows.flatten(2), moved.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2))
         total = product if total is None else total + product
     assert total is not None
-    return _both_directions(total.unflatten(2, (channels, kernel)))
+    return total.unflatten(2, (channels, 2 * kernel - 1))
 
 
 def lags_by_convolution(x: Tensor, geometry: Geometry) -> Tensor:

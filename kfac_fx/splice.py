@@ -45,8 +45,7 @@ def splice(
             if node.op in ("placeholder", "output"):
                 continue
             if node.op == "get_attr":
-                name = f"_kfac_constant_{sum(1 for _ in module.buffers())}"
-                module.register_buffer(name, getattr(traced, str(node.target)))
+                name = _constant(module, getattr(traced, str(node.target)))
                 copy = graph.get_attr(name)
                 copy.meta["val"] = node.meta.get("val", getattr(module, name))
             else:
@@ -59,6 +58,16 @@ def splice(
                 )
     outputs = zip(traced.meta["names"], inner.output_node().args[0], strict=True)  # type: ignore[arg-type]
     return {name: mapping[node] for name, node in outputs}
+
+
+def _constant(module: GraphModule, tensor: Tensor) -> str:
+    """The name of the buffer that is this very tensor, made if there is none."""
+    for name, buffer in module.named_buffers():
+        if buffer is tensor:
+            return name
+    name = f"_kfac_constant_{len(dict(module.named_buffers()))}"
+    module.register_buffer(name, tensor)
+    return name
 
 
 def _traced(
