@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kfac_fx.forms import Form, edge_subsets, patch_chunks, product_chunks
 from kfac_fx.gram import InputMoment, PositionSums, gram, patches, statistics_dtype, upsampled
+from kfac_fx.graph import constant
 from kfac_fx.lags import lags_by_convolution, lags_by_products, lags_by_transform
 from kfac_fx.layout import Geometry, along, lines_beyond, output_sizes, phase_geometry
 
@@ -93,9 +94,9 @@ def autocorrelation(x: Tensor, geometry: Geometry, lags: Lags) -> Tensor:
     geometry = replace(geometry, space=tuple(x.shape[2:]))
     subsets = edge_subsets(geometry)
     sources = torch.cat([_sources(x, geometry, axes, lags) for axes in subsets], -1)
-    tables = torch.cat([_table(geometry, axes, x) for axes in subsets], -1)
+    table = constant(_table, geometry, x.dtype, x.device)
     volume, channels = math.prod(geometry.kernel), sources.shape[1]
-    pairs = torch.mm(sources.flatten(0, 2), tables.mT).unflatten(0, sources.shape[:3])
+    pairs = torch.mm(sources.flatten(0, 2), table).unflatten(0, sources.shape[:3])
     pairs = pairs.unflatten(3, (volume, volume)).transpose(2, 3)
     return pairs.reshape(geometry.groups, channels * volume, channels * volume)
 
@@ -129,39 +130,41 @@ def _lags(x: Tensor, geometry: Geometry, lags: Lags, *, whole: bool) -> Tensor:
     return lags(x, geometry)
 
 
-def _table(geometry: Geometry, axes: Sequence[int], like: Tensor) -> Tensor:
-    """How often each source counts for each pair of taps: [K * K', n], a product over the axes."""
+def _table(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """How often each source counts for each pair of taps: [sources, K * K']."""
+    parts = [_part_of_table(geometry, axes) for axes in edge_subsets(geometry)]
+    return torch.cat(parts, -1).mT.to(dtype=dtype, device=device).contiguous()
+
+
+def _part_of_table(geometry: Geometry, axes: Sequence[int]) -> Tensor:
+    """Of the sources of these axes: [K * K', n], a product over the axes."""
     rank, num = len(geometry.kernel), len(axes)
-    table = torch.ones((1,) * (3 * rank + 2 * num), dtype=like.dtype, device=like.device)
+    table = torch.ones((1,) * (3 * rank + 2 * num), dtype=torch.long)
     for axis, taps in enumerate(geometry.kernel):  # dims: K, K', then sides, lines, lines', offsets
         if axis in axes:
             place = list(axes).index(axis)
-            part = -_edge_table(geometry, axis, like.device)
+            part = -_edge_table(geometry, axis)
             dims = (2 * rank + place, 2 * rank + num + place, 2 * rank + 2 * num + place)
         else:
-            tap = torch.arange(taps, device=like.device)
-            offset = torch.arange(1 - taps, taps, device=like.device)
-            part = (tap - tap.unsqueeze(1)).unsqueeze(-1) == offset
+            tap, offset = torch.arange(taps), torch.arange(1 - taps, taps)
+            part = ((tap - tap.unsqueeze(1)).unsqueeze(-1) == offset).long()
             dims = (2 * rank + 3 * num + axis - sum(edge < axis for edge in axes),)
         shape = [1] * table.dim()
         for dim, size in zip((axis, rank + axis, *dims), part.shape, strict=True):
             shape[dim] = size
-        table = table * part.reshape(shape).to(like.dtype)
+        table = table * part.reshape(shape)
     return table.flatten(0, 2 * rank - 1).flatten(1)
 
 
-def _edge_table(geometry: Geometry, axis: int, device: torch.device) -> Tensor:
+def _edge_table(geometry: Geometry, axis: int) -> Tensor:
     """Whether an output beyond the grid reads one line by one tap and another by another.
 
     Returns [K, K', side, line, line'], 0 or 1.
     """
     taps, dilation, padding = geometry.kernel[axis], geometry.dilation[axis], geometry.padding[axis]
     size, lines = geometry.space[axis], lines_beyond(geometry)[axis]
-    near = torch.arange(lines, device=device)
-    line = torch.stack([near, near + (size - lines)])
-    output = (
-        line - dilation * torch.arange(taps, device=device).reshape(-1, 1, 1) + padding
-    )  # [K, side, line]
+    line = torch.stack([torch.arange(lines), torch.arange(size - lines, size)])
+    output = line - dilation * torch.arange(taps).reshape(-1, 1, 1) + padding  # [K, side, line]
     outputs = size + 2 * padding - dilation * (taps - 1)
     beyond = torch.stack([output[:, 0] < 0, output[:, 1] >= outputs], 1)
     same = output[:, None, :, :, None] == output[None, :, :, None, :]
@@ -182,7 +185,8 @@ def polyphase(x: Tensor, geometry: Geometry, lags: Lags) -> Tensor:
         x = x.unflatten(2 + 2 * axis, (-1, stride))  # [N, C, J1, s1, J2, s2, ...]
     x = x.permute(0, 1, *range(3, 3 + 2 * rank, 2), *range(2, 2 + 2 * rank, 2)).flatten(1, 1 + rank)
     moment = autocorrelation(x, small, lags)
-    feature = _phase_features(channels, geometry.kernel, geometry.stride, small.kernel, x.device)
+    sizes = geometry.kernel, geometry.stride, small.kernel
+    feature = constant(_phase_features, channels, *sizes, x.device)
     return moment.index_select(1, feature).index_select(2, feature)
 
 

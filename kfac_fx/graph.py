@@ -6,18 +6,19 @@ source line), copies and graphs of ordinary torch functions. Nothing here knows 
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
 from kfac_fx.errors import CaptureError
 from kfac_fx.types import Source
@@ -135,6 +136,13 @@ def traced(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Node])
     module.graph.eliminate_dead_code()
     assert not any(is_mutation(node) for node in module.graph.nodes), "spliced functions work in place"
     return module
+
+
+@functools.lru_cache(maxsize=64)
+def constant(function: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
+    """`function(*arguments)`, computed now and once: a traced graph reads the tensor, not how it was made."""
+    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.no_grad():
+        return function(*arguments)
 
 
 def copy_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight, conv3d_weight
 
 from kfac_fx.forms import num_frequencies, periods_without_wrap, transform_chunks
+from kfac_fx.graph import constant
 from kfac_fx.layout import Geometry
 
 _WEIGHT_GRADIENT = {2: conv2d_weight, 3: conv3d_weight}
@@ -70,7 +71,8 @@ def lags_by_transform(x: Tensor, geometry: Geometry) -> Tensor:
     geometry = replace(geometry, space=tuple(x.shape[2:]))
     periods = periods_without_wrap(geometry)
     parts = _transformed(x, periods)  # [frequencies, real and imaginary, N, C]
-    cosines, sines = _inverse_tables(periods, geometry, x)
+    like = x.dtype, x.device
+    cosines, sines = (constant(_back, part, tuple(periods), geometry, *like) for part in ("even", "odd"))
     chunks = transform_chunks(geometry, x.shape[0], x.shape[1])
     symmetric = skew = None
     pieces = (parts, 0), (cosines, 1), (sines, 1)
@@ -99,16 +101,15 @@ def _transformed(x: Tensor, periods: Sequence[int]) -> Tensor:
     space, rank, num_examples, channels = x.shape[2:], len(periods), x.shape[0], x.shape[1]
     sizes = num_frequencies(periods)
     y = x.permute(*range(2, 2 + rank), 0, 1).reshape(math.prod(space[:-1]), space[-1], -1)
-    cosine, sine = _table(sizes[-1], space[-1], periods[-1], x)
-    y = _products(torch.cat([cosine, -sine]), y)  # [rest, (2, F), N C]
+    y = _products(
+        constant(_first, sizes[-1], space[-1], periods[-1], x.dtype, x.device), y
+    )  # [., (2, F), N C]
     done = sizes[-1]
     y = y.reshape(math.prod(space[:-1]), 2, done, -1)
     for axis in reversed(range(rank - 1)):
-        cosine, sine = _table(sizes[axis], space[axis], periods[axis], x)
-        rows = torch.stack([cosine, sine], 2).flatten(1), torch.stack([-sine, cosine], 2).flatten(1)
-        both = torch.stack(rows, 1).flatten(0, 1)  # [(F, 2), (length, 2)]
+        table = constant(_second, sizes[axis], space[axis], periods[axis], x.dtype, x.device)
         y = y.reshape(-1, 2 * space[axis], done, y.shape[-1]).transpose(1, 2).flatten(0, 1)
-        y = _products(both, y)  # [(rest, frequencies), (F, 2), N C]
+        y = _products(table, y)  # [(rest, frequencies), (F, 2), N C]
         y = y.reshape(-1, done, sizes[axis], 2, y.shape[-1])
         done *= sizes[axis]
         y = y.permute(0, 3, 1, 2, 4).reshape(-1, 2, done, y.shape[-1]) if axis else y.flatten(0, 2)
@@ -120,27 +121,40 @@ def _products(table: Tensor, batch: Tensor) -> Tensor:
     return torch.bmm(table.expand(batch.shape[0], -1, -1), batch)
 
 
-def _table(frequencies: int, length: int, period: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of 2 pi f u / period: [frequencies, length], rounded once."""
-    f = torch.arange(frequencies, device=like.device).unsqueeze(1)
-    angle = (f * torch.arange(length, device=like.device) % period).to(torch.float64) * (2 * math.pi / period)
-    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+def _waves(frequencies: int, length: int, period: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of 2 pi f u / period: [frequencies, length]."""
+    f = torch.arange(frequencies).unsqueeze(1)
+    angle = (f * torch.arange(length) % period).to(torch.float64) * (2 * math.pi / period)
+    return angle.cos(), angle.sin()
 
 
-def _inverse_tables(periods: Sequence[int], geometry: Geometry, like: Tensor) -> tuple[Tensor, Tensor]:
-    """What takes even and odd parts of all frequencies to the offsets: [offsets, frequencies] each."""
+def _first(frequencies: int, length: int, period: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The transform of real numbers: [(2, frequencies), length]."""
+    cosine, sine = _waves(frequencies, length, period)
+    return torch.cat([cosine, -sine]).to(dtype=dtype, device=device)
+
+
+def _second(frequencies: int, length: int, period: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The transform of complex numbers: [(frequencies, 2), (length, 2)]."""
+    cosine, sine = _waves(frequencies, length, period)
+    rows = torch.stack([cosine, sine], 2).flatten(1), torch.stack([-sine, cosine], 2).flatten(1)
+    return torch.stack(rows, 1).flatten(0, 1).to(dtype=dtype, device=device)
+
+
+def _back(
+    part: str, periods: Sequence[int], geometry: Geometry, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What takes the even or the odd part of all frequencies to the offsets: [offsets, frequencies]."""
     rank, sizes = len(periods), num_frequencies(periods)
-    turns = torch.zeros((1,) * 2 * rank, dtype=torch.float64, device=like.device)
+    turns = torch.zeros((1,) * 2 * rank, dtype=torch.float64)
     for axis, (k, d, period) in enumerate(zip(geometry.kernel, geometry.dilation, periods, strict=True)):
-        offset = torch.arange(1 - k, k, device=like.device) * d
-        product = offset.unsqueeze(1) * torch.arange(sizes[axis], device=like.device) % period
+        product = (torch.arange(1 - k, k) * d).unsqueeze(1) * torch.arange(sizes[axis]) % period
         shape = [1] * 2 * rank
         shape[axis], shape[-1 - axis] = product.shape  # frequencies: the last axis first
         turns = turns + (product.to(torch.float64) / period).reshape(shape)
-    last = torch.arange(sizes[-1], device=like.device)
+    last = torch.arange(sizes[-1])
     alone = (last == 0) | (2 * last == periods[-1])  # the others stand for their mirror images too
     weight = torch.where(alone, 1.0, 2.0).to(torch.float64) / math.prod(periods)
-    weight, angle = weight.reshape(-1, *(1,) * (rank - 1)), 2 * math.pi * turns
-    tables = (angle.cos() * weight, angle.sin() * weight)
-    cosines, sines = (t.reshape(-1, math.prod(sizes)).to(like.dtype) for t in tables)
-    return cosines, sines
+    angle = 2 * math.pi * turns
+    table = (angle.cos() if part == "even" else angle.sin()) * weight.reshape(-1, *(1,) * (rank - 1))
+    return table.reshape(-1, math.prod(sizes)).to(dtype=dtype, device=device)

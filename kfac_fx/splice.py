@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from kfac_fx import graph as fxgraph
-from kfac_fx.graph import aten, has_effect, is_op
+from kfac_fx.graph import aten, is_op
 from kfac_fx.types import Source
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
@@ -89,37 +88,11 @@ def _traced(
         return list(results.values())
 
     traced = fxgraph.traced(run, arguments)
-    _fold_constants(traced)
     _drop_idle_views(traced)
     traced.meta["names"] = tuple(names)
     if key is not None:
         known[place] = traced
     return traced
-
-
-def _fold_constants(traced: GraphModule) -> None:
-    """Compute what depends on no input, such as tables of cosines, now instead of at every step.
-
-    A plain creation (zeros, arange, eye) stays: it is as cheap as reading it, and says what it is.
-    """
-    known: dict[Node, Any] = {}
-    for node in traced.graph.nodes:
-        if node.op == "get_attr":
-            known[node] = getattr(traced, str(node.target))
-        elif node.op == "call_function" and not has_effect(node) and known.keys() >= {*node.all_input_nodes}:
-            args, kwargs = map_arg((node.args, dict(node.kwargs)), known.__getitem__)
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    for node, constant in known.items():
-        read = any(user not in known for user in node.users)
-        if not read or not node.all_input_nodes or not isinstance(constant, Tensor):
-            continue
-        name = f"_folded_{sum(1 for _ in traced.buffers())}"
-        traced.register_buffer(name, constant)
-        with traced.graph.inserting_before(node):
-            copy = traced.graph.get_attr(name)
-        copy.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(copy)
-    traced.graph.eliminate_dead_code()
 
 
 def _drop_idle_views(traced: GraphModule) -> None:
