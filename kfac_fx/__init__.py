@@ -31,6 +31,7 @@ from kfac_fx.methods import SKFAC as SKFAC
 from kfac_fx.methods import AdaNKFAC as AdaNKFAC
 from kfac_fx.methods import Diagonal as Diagonal
 from kfac_fx.methods import resolve as _resolve
+from kfac_fx.schedule import Refresh
 from kfac_fx.step import TrainStep as TrainStep
 from kfac_fx.trace import trace as _trace
 from kfac_fx.types import Fisher, LossFn, Sharing
@@ -54,6 +55,7 @@ def compile(
     exclude: Sequence[str] = (),
     backend: str = "auto",
     strict: bool = False,
+    refresh: Refresh = "together",
 ) -> TrainStep:
     """A training step `step(inputs, targets) -> loss` with preconditioned gradients. Tracing happens at its
     first call.
@@ -71,11 +73,15 @@ def compile(
         exclude: patterns (fnmatch) of parameter names to leave to the optimizer.
         backend: "eager", "inductor", or "auto" (inductor on CUDA, eager elsewhere).
         strict: raise `UnsupportedModelError` if any trainable parameter cannot be preconditioned.
+        refresh: "together" (all inverses every `inverse_every` steps, as published) or "staggered" (each
+            layer's once in `inverse_every` steps too, but some at a time, from the statistics of earlier
+            steps, so that no step stalls). Layers without any are always refreshed at once.
 
     Raises:
         KfacFxError: of the kind that names the problem (all are `ValueError`s).
     """
     patterns = _check_options(model, fisher, sharing, exclude)
+    _check_choice("refresh", refresh, ("together", "staggered"))
     return TrainStep(
         model,
         loss_fn,
@@ -86,6 +92,7 @@ def compile(
         exclude=patterns,
         backend=backend,
         strict=strict,
+        refresh=refresh,
     )
 
 

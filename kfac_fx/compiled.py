@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -18,8 +18,10 @@ from kfac_fx import guards
 from kfac_fx.contracts import Plan
 from kfac_fx.curvature import Curvature, Key, Rates
 from kfac_fx.forward import Forward
+from kfac_fx.host import zeros_unless
 from kfac_fx.instrument import VARIANTS, Program, Variant, instrument
 from kfac_fx.lower import lower, mutated_placeholders
+from kfac_fx.watch import Watch
 
 
 @final
@@ -28,13 +30,15 @@ class Outputs:
     """What a program returned.
 
     loss: detached, 0-dim. weight: 1/R_ of it. gradients: preconditioned if the variant does that. state: new
-    state tensors, or the batch's statistics.
+    state tensors, or the batch's statistics. finite: whether loss and gradients are, 0-dim, if that is not
+    known; gradients and state of a program that preconditions are then zero and the old, unless it is True.
     """
 
     loss: Tensor
     weight: Tensor
     gradients: dict[str, Tensor]
     state: dict[Key, Tensor]
+    finite: Tensor | None
 
 
 @final
@@ -72,10 +76,11 @@ class Compiled:
         names = [*(p.name for p in self.plan.capture.parameters), *self.plan.capture.buffers]
         return frozenset(names[i] for i in mutated_placeholders(self.plan.capture.graph))
 
-    def call(self, variant: Variant, tensors: Sequence[Tensor], *, rates: Rates) -> Outputs:
+    def call(self, variant: Variant, tensors: Sequence[Tensor], *, rates: Rates, watch: Watch) -> Outputs:
         """Run a variant; if it raises or its loss is not finite, buffers get their old values back.
 
-        tensors: parameters, buffers and the batch.
+        tensors: parameters, buffers and the batch. A loss that gives a layer its first statistics is checked
+        at once.
         """
         program = self.program(variant)
         arguments = [*tensors, *(self.curvature.tensor(*key) for key in program.state_inputs)]
@@ -90,18 +95,32 @@ class Compiled:
             outputs = guards.first_run(run, arguments, self.plan) if first else tuple(run(*arguments))
             self.callables[variant] = run
             loss, weight, check, *rest = outputs
-            guards.check_finite(loss, check)
+            found = Outputs(
+                loss=loss.detach(),
+                weight=weight,
+                gradients=dict(zip(program.gradients, rest, strict=False)),
+                state=dict(zip(program.state_outputs, rest[len(program.gradients) :], strict=True)),
+                finite=watch.check(loss, check, at_once=self.curvature.empty),
+            )
+            return found if found.finite is None else self._guarded(found, found.finite, saved, program)
         except BaseException:
             with torch.no_grad():
                 for tensor, old in saved:
                     tensor.copy_(old)
             raise
-        return Outputs(
-            loss=loss.detach(),
-            weight=weight,
-            gradients=dict(zip(program.gradients, rest, strict=False)),
-            state=dict(zip(program.state_outputs, rest[len(program.gradients) :], strict=True)),
-        )
+
+    def _guarded(
+        self, found: Outputs, finite: Tensor, saved: Sequence[tuple[Tensor, Tensor]], program: Program
+    ) -> Outputs:
+        """Outputs that change nothing if they are not finite; buffers as they were. saved: buffers, old."""
+        with torch.no_grad():
+            for tensor, old in saved:
+                tensor.copy_(torch.where(finite, tensor, old))
+            if program.variant not in ("plain", "statistics"):
+                return found
+            old_state = {key: self.curvature.tensor(*key) for key in found.state}
+            state = {key: torch.where(finite, new, old_state[key]) for key, new in found.state.items()}
+            return replace(found, gradients=zeros_unless(finite, found.gradients), state=state)
 
 
 @final

@@ -7,22 +7,24 @@ Enters: plans (which layers exist) and new statistics. Leaves: state tensors for
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from kfac_fx import host
 from kfac_fx.canonical import gradient_names, state_dtype, state_owner
 from kfac_fx.contracts import Method, Plan
 from kfac_fx.errors import StateError
 from kfac_fx.functions import precondition_function, state_keys
+from kfac_fx.outcomes import Outcomes
+from kfac_fx.schedule import Schedule
 from kfac_fx.types import LayerMatch, State
 
 Key = tuple[str, str]
-Counted = int | Tensor
 Rates = Callable[[Plan], Tensor]  # learning rates of its layers: [layers]
-Snapshot = tuple[dict[Key, Tensor], dict[str, int], dict[str, int], Counted, Counted]
+Snapshot = tuple[dict[Key, Tensor], dict[str, int], dict[str, int], Outcomes]
 
 
 @final
@@ -37,13 +39,28 @@ class Curvature:
         self._refreshes: dict[str, int] = {}
         self._rows: dict[str, tuple[int, int]] = {}
         self._loaded: dict[str, State] = {}
-        self.retried: Counted = 0
-        self.kept_last: Counted = 0
+        self._schedule = Schedule(method)
+        self.outcomes = Outcomes()
 
     @property
     def empty(self) -> bool:
         """Whether some layer has no statistics yet."""
         return not all(self._counts.get(key) for key in self._layers)
+
+    @property
+    def kept_last(self) -> int | Tensor:
+        """How often factors kept their last inverse."""
+        return self.outcomes.kept_last
+
+    @property
+    def late(self) -> list[str]:
+        """Layers that were never refreshed, and those that share a tensor with one."""
+        return self._schedule.late(self._refreshes)
+
+    def slot(self, step: int) -> list[str]:
+        """Layers that a staggered refresh renews before the program of this step; none that is `late`."""
+        late = self.late
+        return [key for key in self._schedule.slot(step) if key not in late]
 
     @property
     def rows(self) -> Mapping[str, tuple[int, int]]:
@@ -61,13 +78,12 @@ class Curvature:
 
     def snapshot(self) -> Snapshot:
         """What `restore` needs to undo later changes; tensors are never changed in place."""
-        counts = dict(self._counts), dict(self._refreshes)
-        return dict(self._tensors), *counts, self.retried, self.kept_last
+        return dict(self._tensors), dict(self._counts), dict(self._refreshes), self.outcomes
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Back to the state of `snapshot`."""
-        tensors, counts, refreshes, self.retried, self.kept_last = snapshot
-        self._tensors, self._counts, self._refreshes = dict(tensors), dict(counts), dict(refreshes)
+        """Back to the state of `snapshot`; layers that were adopted since stay."""
+        tensors, counts, refreshes, self.outcomes = snapshot
+        self._tensors, self._counts, self._refreshes = self._tensors | tensors, dict(counts), dict(refreshes)
 
     def replace(self, plan: Plan, new: Mapping[Key, Tensor]) -> None:
         """Take the state that a program has computed."""
@@ -82,7 +98,7 @@ class Curvature:
         """
         scale = plan.capture.inverse_scale.meta["val"]
         weights = [self._method.new_weight(self._counts.get(match.key, 0)) for match in plan.matched]
-        return torch.tensor(weights, dtype=scale.dtype, device=scale.device)
+        return host.to_device(weights, dtype=scale.dtype, device=scale.device)
 
     def adopt(self, plan: Plan) -> None:
         """Make state for layers that are new; check that known ones fit. Called when another plan is used.
@@ -114,6 +130,8 @@ class Curvature:
                 self._rows.setdefault(match.key, match.laid_out)
         self._tensors.update(new)
         self._layers.update(layers)
+        read = {key: places.values() for key, places in self._layers.items()}
+        self._schedule.learn(read, plan.factors)
         for key in layers:
             self._loaded.pop(key, None)
 
@@ -130,8 +148,13 @@ class Curvature:
             return found.shape == fresh.shape
         return found.shape[:1] + found.shape[2:] == fresh.shape[:1] + fresh.shape[2:]
 
-    def fold(self, plan: Plan, batch: Mapping[Key, Tensor], inverse_scale: Tensor) -> None:
-        """Fold accumulated batch statistics into the state. inverse_scale: 1/R_ of all of them, 0-dim."""
+    def fold(
+        self, plan: Plan, batch: Mapping[Key, Tensor], inverse_scale: Tensor, *, finite: Tensor | None = None
+    ) -> None:
+        """Fold accumulated batch statistics into the state. inverse_scale: 1/R_ of all of them, 0-dim.
+
+        finite: 0-dim bool; where it is False the state stays as it is.
+        """
         weights = self.next_weights(plan)
         for index, match in enumerate(plan.matched):
             owned = [n for n in self._method.statistics_names(match) if (match.key, n) in batch]
@@ -140,23 +163,29 @@ class Curvature:
             places = self._layers[match.key]
             state = {name: self._tensors[place] for name, place in places.items()}
             changed = self._method.fold(state, tensors, weight=weights[index], inverse_scale=inverse_scale)
+            if finite is not None:
+                changed = {n: torch.where(finite, tensor, state[n]) for n, tensor in changed.items()}
             self._tensors.update({places[name]: tensor for name, tensor in changed.items()})
             self._counts[match.key] = self._counts.get(match.key, 0) + 1
 
-    def refresh(self, method: Method) -> None:
-        """New inverses of all layers that have statistics. method: the one of this state, as it is damped
-        now.
+    def refresh(self, method: Method, keys: Collection[str] | None = None) -> None:
+        """New inverses of these layers, or of all, where they have statistics.
+
+        method: the one of this state, as it is damped now. keys: where some layers share a tensor, all of
+        them.
 
         Warns where a factor cannot be inverted and has no earlier inverse to keep: the identity stands in.
         """
         states = {
             key: {name: self._tensors[place] for name, place in places.items()}
             for key, places in self._layers.items()
-            if self._counts.get(key)
+            if self._counts.get(key) and (keys is None or key in keys)
         }
         counts = {key: self._refreshes.get(key, 0) for key in states}
-        new, refreshed = method.refresh(states, counts=counts)
-        if not all(counts.values()) and int(refreshed.kept_last):
+        first = not all(counts.values())
+        with host.reading(first or self.outcomes.troubled(counts)):
+            new, refreshed = method.refresh(states, counts=counts)
+        if first and int(refreshed.kept_last):
             warnings.warn(
                 f"{method.name} could not invert {int(refreshed.kept_last)} of its factors at the first "
                 "refresh: the identity stands in until a refresh succeeds. Raise the damping.",
@@ -166,8 +195,7 @@ class Curvature:
         for key, tensors in new.items():
             for name, tensor in tensors.items():
                 self._tensors[self._layers[key][name]] = tensor
-        self.retried = self.retried + refreshed.retried  # not in place: a snapshot may hold the tensor
-        self.kept_last = self.kept_last + refreshed.kept_last
+        self.outcomes = self.outcomes.after(counts, refreshed)
 
     def preconditioned(
         self, plan: Plan, gradients: Mapping[str, Tensor], *, rates: Rates
@@ -191,8 +219,7 @@ class Curvature:
             "statistics": dict(self._counts),
             "refreshes": dict(self._refreshes),
             "rows": {key: list(rows) for key, rows in self._rows.items()},
-            "retried": int(self.retried),
-            "kept_last": int(self.kept_last),
+            **self.outcomes.state_dict(),
         }
         return {"curvature": {**self._loaded, **layers}, "counts": counts}
 
@@ -215,7 +242,8 @@ class Curvature:
         self._tensors, self._layers = probe._tensors, probe._layers
         self._counts, self._loaded = probe._counts, probe._loaded
         self._refreshes, self._rows = probe._refreshes, probe._rows
-        self.retried, self.kept_last = int(counts["retried"]), int(counts["kept_last"])
+        self._schedule = probe._schedule
+        self.outcomes = Outcomes.loaded(counts)
 
 
 def _misfit(match: LayerMatch, name: str, found: Tensor, wanted: Tensor) -> str:

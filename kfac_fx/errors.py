@@ -24,7 +24,9 @@ class LossError(KfacFxError):
 
 
 class NonFiniteLossError(KfacFxError):
-    """The loss of this step is infinite or not a number; nothing was changed."""
+    """Loss or gradients are infinite or not a number: of this step, and nothing was changed; on CUDA of an
+    earlier one, whose gradients counted as zero, so that no step waits for the device.
+    """
 
 
 class ModelChangedError(KfacFxError):

@@ -16,7 +16,6 @@ from kfac_fx.errors import (
     InputError,
     KfacFxError,
     ModelChangedError,
-    NonFiniteLossError,
     OptimizerMismatchError,
     StateError,
     UnknownNameError,
@@ -110,19 +109,6 @@ def check_batch(batch: Batch, model: nn.Module) -> None:
                 f"{what} is on {tensor.device}, but the model is on {device}. "
                 f"Move it with .to({str(device)!r})."
             )
-
-
-def check_finite(loss: Tensor, gradients: Tensor) -> None:
-    """Raise `NonFiniteLossError` if the loss, or a sum over all gradients, is infinite or not a number."""
-    if bool(torch.isfinite(loss.to(gradients.dtype) + gradients)):
-        return
-    what = f"the loss is {float(loss)}"
-    if bool(torch.isfinite(loss)):
-        what = f"the loss is {float(loss)}, but its gradient is not finite"
-    raise NonFiniteLossError(
-        f"{what}: parameters, buffers, optimizer state and curvature are unchanged. "
-        "Skip this batch, or lower the learning rate or raise the damping."
-    )
 
 
 def check_state(state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -7,7 +7,7 @@ captured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -52,10 +52,17 @@ class Program:
     has_rates: bool
 
 
-def instrument(plan: Plan, variant: Variant, *, sizes: Mapping[Key, Sequence[int]] | None = None) -> Program:
+def instrument(
+    plan: Plan,
+    variant: Variant,
+    *,
+    sizes: Mapping[Key, Sequence[int]] | None = None,
+    layers: Collection[str] | None = None,
+) -> Program:
     """Write one variant.
 
-    sizes: shapes of state tensors that are not those of `Method.init` (thin factors that have grown).
+    sizes: shapes of state tensors that are not those of `Method.init` (thin factors that have grown). layers:
+    keys of those whose statistics are collected, with all that share a tensor with them; None for all.
 
     plain: forward, backward, precondition. statistics: the same plus the moving averages of the factors.
     gradients: forward and backward alone. batch_statistics: forward, backward and this batch's statistics,
@@ -72,7 +79,8 @@ def instrument(plan: Plan, variant: Variant, *, sizes: Mapping[Key, Sequence[int
         weight = writer.placeholder("weights", (num_layers,), "share of this batch, per layer")
     gradients = {name: writer.of(node) for name, node in capture.gradients.items()}
     check = _gradient_check(writer, list(gradients.values()))
-    new_state = _write_statistics(writer, weight) if collects else {}
+    chosen = [m.key for m in plan.matched] if layers is None else layers
+    new_state = _write_statistics(writer, weight, chosen) if collects else {}
     rates = None
     if preconditions and plan.matched:
         rates = writer.placeholder("learning_rates", (num_layers,), "learning rate of each layer")
@@ -90,8 +98,8 @@ def instrument(plan: Plan, variant: Variant, *, sizes: Mapping[Key, Sequence[int
     )
 
 
-def _write_statistics(writer: GraphWriter, weight: Node | None) -> dict[Key, Node]:
-    """Statistics of every layer beside its weight gradient: what they change in the state.
+def _write_statistics(writer: GraphWriter, weight: Node | None, layers: Collection[str]) -> dict[Key, Node]:
+    """Statistics of these layers beside their weight gradients: what they change in the state.
 
     Without `weight` those of the batch alone.
     """
@@ -102,6 +110,8 @@ def _write_statistics(writer: GraphWriter, weight: Node | None) -> dict[Key, Nod
     if weight is not None and plan.matched:
         weights = list(_apart(writer, weight))
     for match, own in zip(plan.matched, weights, strict=True):
+        if match.key not in layers:
+            continue
         owners = {name: (state_owner(plan, match, name), name) for name in batch_names(plan, match)}
         wanted = tuple(name for name, key in owners.items() if key not in collected)
         if wanted:

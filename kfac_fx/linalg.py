@@ -12,6 +12,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from kfac_fx import host
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,7 @@ class Inverses:
 
     inverses: list[Tensor]
     retried: int
-    kept_last: int
+    kept_last: int | Tensor
     raised: int = 0
 
 
@@ -34,10 +36,12 @@ def damped_inverses(
     factors: each [batch, d, d], symmetric, positive semi-definite. dampings: each [batch], in the factor's
     units. A matrix that is not positive definite in its own precision is retried in float64, then with ten
     times its damping; if that fails too, or if it is not finite, its inverse in `last` is kept. methods.md
-    1.7. One host read per size, none per matrix, while nothing fails.
+    1.7. One host read per size, none per matrix, while nothing fails. Where `host.may_read` forbids that,
+    nothing is retried: a matrix that is not positive definite keeps its last inverse.
     """
     inverses: list[Tensor] = list(last)
-    retried = raised = kept = 0
+    retried = raised = 0
+    kept: int | Tensor = 0
     for indices in alike(factors):
         stacked = torch.cat([factors[i] for i in indices])
         damping = torch.cat([dampings[i].to(stacked.dtype) for i in indices])
@@ -64,11 +68,13 @@ def add_diagonal(factor: Tensor, damping: Tensor) -> Tensor:
 
 def _inverse_with_retries(
     matrices: Tensor, damping: Tensor, last: Tensor
-) -> tuple[Tensor, tuple[int, int, int]]:
+) -> tuple[Tensor, tuple[int, int, int | Tensor]]:
     """Inverses, and how many were retried in float64, retried with ten times the damping, or kept."""
     damped = add_diagonal(matrices, damping)
     finite = torch.isfinite(damped).flatten(1).all(1)
     inverse, failed = _cholesky_inverse(damped, finite)
+    if not host.may_read(matrices.device):
+        return torch.where(failed[:, None, None], last, inverse), (0, 0, failed.sum())
     if not bool(failed.any()):
         return inverse, (0, 0, 0)
     again = failed.nonzero().squeeze(1)
@@ -102,17 +108,24 @@ def small_inverse(blocks: Tensor, damping: float | Tensor) -> Tensor:
 
     A block that stays singular (damping 0) gives zeros: no step in a direction without curvature.
     """
-    damping = torch.as_tensor(damping, dtype=blocks.dtype, device=blocks.device)
+    damping = number(damping, like=blocks)
     if blocks.shape[-1] == 1:
         damped = blocks + damping.reshape(-1, 1, 1)
-        return torch.where(damped > 0, 1 / damped, 0.0)
+        return (1 / damped).masked_fill(~(damped > 0), 0.0)
     a, b, d = blocks[:, 0, 0] + damping, blocks[:, 0, 1], blocks[:, 1, 1] + damping
     determinant = a * d - b * b
     # The product loses the determinant to cancellation when the block is nearly singular: bound it from
     # below.
     safe = torch.maximum(determinant, torch.finfo(a.dtype).eps * a * d)
     adjugate = torch.stack([torch.stack([d, -b], -1), torch.stack([-b, a], -1)], -2)
-    return torch.where((safe > 0)[:, None, None], adjugate / safe[:, None, None], 0.0)
+    return (adjugate / safe[:, None, None]).masked_fill(~(safe > 0)[:, None, None], 0.0)
+
+
+def number(value: float | Tensor, *, like: Tensor) -> Tensor:
+    """A number as a 0-dim tensor, or a tensor, of this one's dtype and on its device, without a copy from the
+    host.
+    """
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
 
 
 def mean_eigenvalue(factor: Tensor) -> Tensor:

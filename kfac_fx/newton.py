@@ -107,8 +107,8 @@ def newton_step(matrices: Tensor, inverses: Tensor, *, guard: str) -> Tensor:
     product = inverses @ matrices
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     error = norm(eye - product)
-    rate = torch.where(error >= 1, 1 / norm(product), 1.0)
-    rate = torch.where(torch.isfinite(error), rate, torch.nan)[:, None, None]
+    rate = (1 / norm(product)).masked_fill(~(error >= 1), 1.0)
+    rate = rate.masked_fill(~torch.isfinite(error), torch.nan)[:, None, None]
     return ((1 + rate) * eye - rate * product) @ inverses
 
 
@@ -126,7 +126,7 @@ def exact_inverse(matrices: Tensor) -> Tensor:
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     safe = torch.where(finite[:, None, None], matrices, eye)
     inverses, info = torch.linalg.inv_ex(safe)
-    return torch.where((finite & (info == 0))[:, None, None], inverses, torch.nan)
+    return inverses.masked_fill(~(finite & (info == 0))[:, None, None], torch.nan)
 
 
 def symmetrised(matrices: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from kfac_fx import guards
+from kfac_fx import guards, host
 from kfac_fx.contracts import Plan
 from kfac_fx.errors import OptimizerMismatchError
 
@@ -47,7 +47,8 @@ class OptimizerLink:
         rates = tuple(rate_of[id(parameters[match.weight])] for match in plan.matched)
         if self._rates is None or self._rates[0] != rates:
             dtype = plan.capture.inverse_scale.meta["val"].dtype
-            self._rates = (rates, torch.tensor(rates, dtype=dtype, device=guards.model_device(self._model)))
+            device = guards.model_device(self._model)
+            self._rates = (rates, host.to_device(rates, dtype=dtype, device=device))
         return self._rates[1]
 
     def apply(self, gradients: Mapping[str, Tensor]) -> None:

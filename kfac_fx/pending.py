@@ -24,7 +24,8 @@ class Pending:
     """Gradients and statistics of the batches so far.
 
     weight: their total 1/R_, 0-dim (the number of loss terms of a mean loss). rows: how many the method says
-    that each statistic of the input is a mean over; None where rows of ignored terms do not count.
+    that each statistic of the input is a mean over; None where rows of ignored terms do not count. finite:
+    whether loss and gradients of all of them are, 0-dim; None if that was seen.
     """
 
     plan: Plan
@@ -32,10 +33,15 @@ class Pending:
     gradients: dict[str, Tensor]
     statistics: dict[Key, Tensor]
     rows: dict[Key, int | None]
+    finite: Tensor | None = None
 
     @staticmethod
     def of(
-        plan: Plan, weight: Tensor, gradients: Mapping[str, Tensor], statistics: Mapping[Key, Tensor]
+        plan: Plan,
+        weight: Tensor,
+        gradients: Mapping[str, Tensor],
+        statistics: Mapping[Key, Tensor],
+        finite: Tensor | None = None,
     ) -> Pending:
         """One batch. weight: 1/R_ of its loss."""
         rows = {
@@ -45,7 +51,12 @@ class Pending:
             if name.startswith("A")
         }
         return Pending(
-            plan=plan, weight=weight, gradients=dict(gradients), statistics=dict(statistics), rows=rows
+            plan=plan,
+            weight=weight,
+            gradients=dict(gradients),
+            statistics=dict(statistics),
+            rows=rows,
+            finite=finite,
         )
 
     def joined(self, other: Pending) -> Pending:
@@ -68,7 +79,14 @@ class Pending:
             rows={
                 key: _added(self.rows.get(key, 0), other.rows.get(key, 0)) for key in self.rows | other.rows
             },
+            finite=_both(self.finite, other.finite),
         )
+
+
+def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first & second
 
 
 def _num_rows(plan: Plan, match: LayerMatch, name: str) -> int | None:

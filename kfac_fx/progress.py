@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from kfac_fx.adaptive import quadratic_update
 from kfac_fx.contracts import Method, Plan
-from kfac_fx.curvature import Curvature
+from kfac_fx.curvature import Curvature, Snapshot
+from kfac_fx.lower import execution
 from kfac_fx.pending import Pending
+from kfac_fx.schedule import check_staggered
 
 
 @final
@@ -24,12 +26,17 @@ class Progress:
     """How far the training of one model is.
 
     steps: updates so far. curvature: factors and inverses. quadratic: state of the quadratic model, None for
-    methods without. pending: batches that wait for an update.
+    methods without. pending: batches that wait for an update. staggered: whether each step of a period
+    renews some of the inverses, in place of all at its first step.
     """
 
-    def __init__(self, method: Method, model: nn.Module) -> None:
+    def __init__(self, method: Method, model: nn.Module, *, staggered: bool = False) -> None:
+        if staggered:
+            check_staggered(method)
         self._method = method
         self._model = model
+        self._staggered = staggered
+        self._before: Snapshot | None = None  # this step's staggered refresh, while batches wait
         self.steps = 0
         self.curvature = Curvature(method)
         self.quadratic = quadratic_update(method)
@@ -42,9 +49,41 @@ class Progress:
 
     @property
     def refresh_due(self) -> bool:
-        """Whether the next update starts with new inverses."""
+        """Whether the next update starts with new inverses, from its own statistics too.
+
+        Staggered: of the layers that have none yet.
+        """
+        if self._staggered:
+            return bool(self.curvature.late)
         every = self._method.inverse_every
         return every > 0 and (self.steps % every == 0 or self.curvature.empty)
+
+    def refresh(self) -> None:
+        """The refresh that is due, with the statistics of this update."""
+        if self._staggered:
+            self.curvature.refresh(self._method, self.curvature.late)
+        else:
+            self.curvature.refresh(self._method)
+
+    def begin(self) -> None:
+        """Before the first program of a step: the staggered refresh of its slot, from earlier statistics."""
+        if not self._staggered or self.pending is not None:
+            return
+        self._before = self.curvature.snapshot()
+        if slot := self.curvature.slot(self.steps):
+            with execution():
+                self.curvature.refresh(self._method, slot)
+
+    def finished(self) -> None:
+        """An update was made of the batches that waited, or of one."""
+        self.steps += 1
+        self.pending = self._before = None
+
+    def discard(self) -> None:
+        """Forget the batches that wait, and what was refreshed for them."""
+        if self.pending is not None and self._before is not None:
+            self.curvature.restore(self._before)
+        self.pending = self._before = None
 
     @contextmanager
     def rolled_back_on_error(self, changing: Collection[str]) -> Iterator[dict[str, Tensor]]:
@@ -52,14 +91,15 @@ class Progress:
 
         changing: names of the buffers that the model changes. Gives their old values.
         """
-        steps, pending, curvature = self.steps, self.pending, self.curvature.snapshot()
+        steps, pending, before = self.steps, self.pending, self._before
+        curvature = self.curvature.snapshot()
         quadratic = None if self.quadratic is None else self.quadratic.snapshot()
         buffers = {name: b for name, b in self._model.named_buffers() if name in changing}
         old = {name: buffer.clone() for name, buffer in buffers.items()}
         try:
             yield old
         except BaseException:
-            self.steps, self.pending = steps, pending
+            self.steps, self.pending, self._before = steps, pending, before
             self.curvature.restore(curvature)
             if self.quadratic is not None and quadratic is not None:
                 self.quadratic.restore(quadratic)
@@ -83,4 +123,4 @@ class Progress:
         self.curvature.load_state_dict(state, plans)
         if self.quadratic is not None:
             self.quadratic.load_state_dict(state["quadratic"])
-        self.steps = int(state["step"])
+        self.steps, self._before = int(state["step"]), None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from kfac_fx import guards
+from kfac_fx import guards, host
 from kfac_fx.adaptive import Point
 from kfac_fx.batch import Batch
 from kfac_fx.captures import Captures
@@ -27,8 +27,10 @@ from kfac_fx.lower import execution, resolve_backend
 from kfac_fx.optimizer import OptimizerLink
 from kfac_fx.pending import Pending
 from kfac_fx.progress import Progress
+from kfac_fx.schedule import Refresh
 from kfac_fx.trace import trace
 from kfac_fx.types import Fisher, LossFn, Sharing
+from kfac_fx.watch import Watch
 
 
 @final
@@ -47,6 +49,7 @@ class TrainStep:
         exclude: tuple[str, ...],
         backend: str,
         strict: bool,
+        refresh: Refresh = "together",
     ) -> None:
         self.model = model
         self.loss_fn = loss_fn
@@ -54,9 +57,11 @@ class TrainStep:
         guards.check_trainable(model)
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = method.base_optimizer(trainable) if optimizer is None else optimizer
-        self._progress = Progress(method, model)
+        self._progress = Progress(method, model, staggered=refresh == "staggered")
         self._curvature, self._quadratic = self._progress.curvature, self._progress.quadratic
         modelled = self._quadratic is not None
+        runs_behind = host.waits(guards.model_device(model))
+        self._watch = Watch(deferred=runs_behind and not modelled and not method.growing_names)
         self._link = OptimizerLink(model, self.optimizer, whole=modelled)
         self._options = {"fisher": fisher, "sharing": sharing, "exclude": exclude, "strict": strict}
         self._captures = Captures(
@@ -70,14 +75,17 @@ class TrainStep:
     def __call__(self, inputs: Any, targets: Any = None) -> Tensor:
         """One full training step. Returns the loss before the update: a detached 0-dim tensor.
 
-        Raises `NonFiniteLossError` (nothing changed), `CaptureError`, `InputError`, `ModelChangedError`.
+        Raises `NonFiniteLossError` (nothing changed; on CUDA of an earlier call, whose gradients counted as
+        zero), `CaptureError`, `InputError`, `ModelChangedError`.
         """
         if self._progress.pending is not None:
             raise KfacFxError(
                 "step(...) was called while accumulated batches wait: call step.update() or step.discard()."
             )
+        self._watch.settle()
         compiled, batch = self._captures.fitting(inputs, targets)
         with self._progress.rolled_back_on_error(compiled.changing_buffers) as buffers:
+            self._progress.begin()
             if self._quadratic is not None or self._progress.refresh_due:
                 loss = self._collect(compiled, batch)
                 self._finish(self._point(compiled, batch, buffers))
@@ -87,7 +95,7 @@ class TrainStep:
             if variant == "statistics":
                 self._curvature.replace(compiled.plan, outputs.state)
             self._link.apply(outputs.gradients)
-            self._progress.steps += 1
+            self._progress.finished()
         return outputs.loss
 
     def accumulate(self, inputs: Any, targets: Any = None) -> Tensor:
@@ -101,14 +109,18 @@ class TrainStep:
                 "quadratic_model=True models the loss of one batch: call step(inputs, targets) with the "
                 "whole batch, or use quadratic_model=False to accumulate."
             )
-        return self._collect(*self._captures.fitting(inputs, targets))
+        self._watch.settle()
+        fitting = self._captures.fitting(inputs, targets)
+        with self._progress.rolled_back_on_error(()):
+            self._progress.begin()
+            return self._collect(*fitting)
 
     def _collect(self, compiled: Compiled, batch: Batch) -> Tensor:
         """Add a batch to those that wait. Returns its loss."""
         variant: Variant = "batch_statistics" if self._progress.statistics_due else "gradients"
         outputs = self._run(variant, compiled, batch)
         with torch.no_grad():
-            new = Pending.of(compiled.plan, outputs.weight, outputs.gradients, outputs.state)
+            new = Pending.of(compiled.plan, outputs.weight, outputs.gradients, outputs.state, outputs.finite)
             waiting = self._progress.pending
             self._progress.pending = new if waiting is None else waiting.joined(new)
         return outputs.loss
@@ -119,21 +131,25 @@ class TrainStep:
             raise KfacFxError(
                 "step.update() has nothing to apply: call step.accumulate(inputs, targets) first."
             )
+        self._watch.settle()
         self._finish(None)
 
     def _finish(self, point: Point | None) -> None:
         """Apply the batches that wait. point: where the quadratic model is expanded, for methods with one."""
         pending, quadratic = self._progress.pending, self._quadratic
         assert pending is not None
-        with self._progress.rolled_back_on_error(self._captures.changing_buffers), execution():
+        undone = self._progress.rolled_back_on_error(self._captures.changing_buffers)
+        with undone, execution(), host.reading(quadratic is not None):
             refresh, rates = self._progress.refresh_due, self._link.learning_rates
             if pending.statistics:
-                self._curvature.fold(pending.plan, pending.statistics, pending.weight)
+                self._curvature.fold(pending.plan, pending.statistics, pending.weight, finite=pending.finite)
             if quadratic is None or point is None:
                 if refresh:
-                    self._curvature.refresh(self.method)
-                directions = self._curvature.preconditioned(pending.plan, pending.gradients, rates=rates)
-                gradients = pending.gradients | directions
+                    self._progress.refresh()
+                gradients = pending.gradients
+                if pending.finite is not None:
+                    gradients = host.zeros_unless(pending.finite, gradients)
+                gradients = gradients | self._curvature.preconditioned(pending.plan, gradients, rates=rates)
             else:
                 delta = quadratic.update(
                     pending.plan,
@@ -146,12 +162,11 @@ class TrainStep:
                 )
                 gradients = {name: -tensor for name, tensor in delta.items()}
             self._link.apply(gradients)
-            self._progress.steps += 1
-        self._progress.pending = None
+            self._progress.finished()
 
     def discard(self) -> None:
         """Forget the batches that were accumulated and not yet applied."""
-        self._progress.pending = None
+        self._progress.discard()
 
     def _point(self, compiled: Compiled, batch: Batch, old: Mapping[str, Tensor]) -> Point | None:
         """The parameters, and the buffers as they were before this step's forward."""
@@ -178,7 +193,8 @@ class TrainStep:
         """How often factors were retried in float64 and how often the last inverse was kept, since the
         start.
         """
-        return {"retried": int(self._curvature.retried), "kept_last": int(self._curvature.kept_last)}
+        outcomes = self._curvature.outcomes
+        return {"retried": int(outcomes.retried), "kept_last": int(outcomes.kept_last)}
 
     @property
     def damping(self) -> float:
@@ -212,6 +228,7 @@ class TrainStep:
             raise KfacFxError(
                 "state_dict() was called while accumulated batches wait: call step.update() first."
             )
+        self._watch.settle(wait=True)
         return {**self._progress.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -222,6 +239,7 @@ class TrainStep:
         if laid_out_anew:
             self._captures.forget()
         self.optimizer.load_state_dict(state["optimizer"])
+        self._watch.forget()
 
     def _trace(self, batch: Batch) -> Plan:
         self._link.check()
@@ -230,4 +248,4 @@ class TrainStep:
 
     def _run(self, variant: Variant, compiled: Compiled, batch: Batch) -> Outputs:
         tensors = [*self.model.parameters(), *self.model.buffers(), *batch.tensors]
-        return compiled.call(variant, tensors, rates=self._link.learning_rates)
+        return compiled.call(variant, tensors, rates=self._link.learning_rates, watch=self._watch)

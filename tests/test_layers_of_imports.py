@@ -14,12 +14,12 @@ PACKAGE = "kfac_fx"
 
 # Lowest first. Rooms of one row never import each other.
 LAYERS = (
-    ("errors", "layout"),
+    ("errors", "layout", "host"),
     ("types",),
     ("traced",),
     ("contracts", "graph", "linalg", "gram", "loss", "forms"),
     ("walk", "splice", "canonical", "batch", "hessian", "rows", "lags", "newton", "woodbury", "spectrum"),
-    ("autocorrelation",),
+    ("autocorrelation", "schedule", "outcomes", "watch"),
     ("passes", "layers", "methods"),
     ("record", "assemble"),
     ("capture", "match"),

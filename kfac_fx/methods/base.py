@@ -215,6 +215,4 @@ def identity(sizes: Sequence[int], *, dtype: torch.dtype, device: torch.device) 
     """Identity matrices [batch, d, d], or ones [d]."""
     if len(sizes) == 1:
         return torch.ones(tuple(sizes), dtype=dtype, device=device)
-    found = torch.zeros(tuple(sizes), dtype=dtype, device=device)
-    found.diagonal(dim1=-2, dim2=-1).fill_(1)
-    return found
+    return torch.ones(tuple(sizes[:-1]), dtype=dtype, device=device).diag_embed()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kfac_fx.linalg import damped_inverses, mean_eigenvalue, pi_ratio, small_inverse
+from kfac_fx.linalg import damped_inverses, mean_eigenvalue, number, pi_ratio, small_inverse
 from kfac_fx.spectrum import largest_eigenvalue, pseudo_inverses
 from kfac_fx.types import Refreshed, State
 
@@ -29,7 +29,7 @@ def paired_dampings(rule: str, damping: float | Tensor, a: Tensor, g: Tensor) ->
 
     a, g: the factors' `scale`s, [groups] each, as are the results.
     """
-    damping = torch.as_tensor(damping, dtype=a.dtype, device=a.device)
+    damping = number(damping, like=a)
     if rule == "full":
         return damping.expand_as(a), damping.expand_as(g)
     if rule == "relative":
@@ -47,7 +47,7 @@ def damped_blocks(rule: str, damping: float | Tensor, blocks: Tensor) -> Tensor:
     """
     if rule == "relative":
         bound = blocks.diagonal(dim1=-2, dim2=-1).mean(-1) + _deviation(blocks)
-        damping = (torch.as_tensor(damping, dtype=bound.dtype, device=bound.device) * bound).clamp(min=FLOOR)
+        damping = (number(damping, like=bound) * bound).clamp(min=FLOOR)
     return small_inverse(blocks, damping)
 
 
@@ -101,4 +101,4 @@ def inverted(
 def diagonal_inverse(factor: Tensor, damping: Tensor) -> Tensor:
     """1 / (f + damping) of [d]; 0 where that is not positive: a direction without curvature."""
     damped = factor + damping.to(factor.dtype)
-    return torch.where(damped > 0, 1 / damped, 0.0)
+    return (1 / damped).masked_fill(~(damped > 0), 0.0)

@@ -15,6 +15,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from kfac_fx import host
 from kfac_fx.linalg import add_diagonal, join_orientations
 from kfac_fx.methods.base import KroneckerFactored, identity, norm_recovered, two_sided, zeros
 from kfac_fx.methods.costs import factor_shapes
@@ -129,8 +130,8 @@ class NKFAC(KroneckerFactored):
     ) -> tuple[dict[str, State], Refreshed]:
         """Approximate inverses of all damped factors; matrices of one size are one batched call.
 
-        Nothing that is computed here is read on the host. What the refresh before has kept is, once: it was
-        done before the loss of this step, which the step has read.
+        Nothing that is computed here is read on the host. What the refresh before has kept is, once, where
+        that is allowed; elsewhere it has kept nothing, see `Outcomes.troubled`.
         """
         new: dict[str, State] = {key: {} for key in states}
         groups: dict[tuple[int, torch.dtype, torch.device, bool], list[_Job]] = {}
@@ -219,16 +220,19 @@ class AdaNKFAC(NKFAC):
 
 
 def _kept(states: Mapping[str, State]) -> set[tuple[str, str]]:
-    """(layer, side) of the factors whose last refresh kept the inverse, with one read on the host."""
+    """(layer, side) of the factors whose last refresh kept the inverse, with one read on the host.
+
+    None where reading is not allowed: the step allows it after a refresh that kept one.
+    """
     flags = {
         (key, side): state[name].amax()
         for key, state in states.items()
         for side in ("A", "G")
         if (name := f"{side}_kept") in state
     }
-    if not flags:
+    first = next(iter(flags.values()), None)
+    if first is None or not host.may_read(first.device):
         return set()
-    first = next(iter(flags.values()))
     read = torch.stack([flag.to(first) for flag in flags.values()]).tolist()
     return {place for place, value in zip(flags, read, strict=True) if value}
 
