@@ -23,6 +23,8 @@ from kfac_fx.instrument import VARIANTS, Program, Variant, instrument
 from kfac_fx.lower import lower, mutated_placeholders
 from kfac_fx.watch import Watch
 
+Which = tuple[Variant, frozenset[str] | None]  # and the layers whose statistics it collects, None for all
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +56,27 @@ class Compiled:
     curvature: Curvature
     forward: Forward | None = None
     sizes: dict[Key, tuple[int, ...]] = field(default_factory=dict)
-    programs: dict[Variant, Program] = field(default_factory=dict)
-    callables: dict[Variant, Any] = field(default_factory=dict)
-    mutated: dict[Variant, tuple[int, ...]] = field(default_factory=dict)
+    programs: dict[Which, Program] = field(default_factory=dict)
+    callables: dict[Which, Any] = field(default_factory=dict)
+    mutated: dict[Which, tuple[int, ...]] = field(default_factory=dict)
 
-    def program(self, variant: Variant) -> Program:
-        """The variant's program, written at its first use, and again if a thin factor has grown."""
+    def which(self, variant: Variant, layers: frozenset[str] | None = None) -> Which:
+        """The key of a program. layers: those whose statistics it collects; None for all."""
+        every = layers is None or len(layers) == len(self.plan.matched)
+        collects = variant in ("statistics", "batch_statistics")
+        return variant, None if every or not collects else layers
+
+    def program(self, which: Which) -> Program:
+        """The program, written at its first use, and again if a thin factor has grown."""
         if self.sizes != (sizes := self.curvature.sizes()):
             self.sizes = sizes
             self.programs.clear()
             self.callables.clear()
-        if variant not in self.programs:
-            program = instrument(self.plan, variant, sizes=self.sizes)
-            self.programs[variant] = program
-            self.mutated[variant] = mutated_placeholders(program.module)
-        return self.programs[variant]
+        if which not in self.programs:
+            program = instrument(self.plan, which[0], sizes=self.sizes, layers=which[1])
+            self.programs[which] = program
+            self.mutated[which] = mutated_placeholders(program.module)
+        return self.programs[which]
 
     @functools.cached_property
     def changing_buffers(self) -> frozenset[str]:
@@ -76,24 +84,33 @@ class Compiled:
         names = [*(p.name for p in self.plan.capture.parameters), *self.plan.capture.buffers]
         return frozenset(names[i] for i in mutated_placeholders(self.plan.capture.graph))
 
-    def call(self, variant: Variant, tensors: Sequence[Tensor], *, rates: Rates, watch: Watch) -> Outputs:
+    def call(
+        self,
+        variant: Variant,
+        tensors: Sequence[Tensor],
+        *,
+        rates: Rates,
+        watch: Watch,
+        layers: frozenset[str] | None = None,
+    ) -> Outputs:
         """Run a variant; if it raises or its loss is not finite, buffers get their old values back.
 
-        tensors: parameters, buffers and the batch. A loss that gives a layer its first statistics is checked
-        at once.
+        tensors: parameters, buffers and the batch. layers: those whose statistics are collected. A loss that
+        gives a layer its first statistics is checked at once.
         """
-        program = self.program(variant)
+        which = self.which(variant, layers)
+        program = self.program(which)
         arguments = [*tensors, *(self.curvature.tensor(*key) for key in program.state_inputs)]
         if program.has_weight:
             arguments.append(self.curvature.next_weights(self.plan))
         if program.has_rates:
             arguments.append(rates(self.plan))
-        first = variant not in self.callables
-        saved = [(arguments[i], arguments[i].clone()) for i in self.mutated[variant]]
+        first = which not in self.callables
+        saved = [(arguments[i], arguments[i].clone()) for i in self.mutated[which]]
         try:
-            run = self.callables.get(variant) or lower(program.module, self.backend)
+            run = self.callables.get(which) or lower(program.module, self.backend)
             outputs = guards.first_run(run, arguments, self.plan) if first else tuple(run(*arguments))
-            self.callables[variant] = run
+            self.callables[which] = run
             loss, weight, check, *rest = outputs
             found = Outputs(
                 loss=loss.detach(),
@@ -134,7 +151,7 @@ class Graphs(Mapping[str, GraphModule]):
         """The rewritten graph of that variant."""
         if name not in VARIANTS:
             raise KeyError(name)
-        return self._compiled.program(name).module  # type: ignore[arg-type]
+        return self._compiled.program((name, None)).module  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[str]:
         """Names of the variants."""

@@ -62,6 +62,10 @@ class Curvature:
         late = self.late
         return [key for key in self._schedule.slot(step) if key not in late]
 
+    def part(self, step: int) -> frozenset[str]:
+        """Layers whose statistics are due at this step where those are staggered too."""
+        return frozenset(self._schedule.part(step))
+
     @property
     def rows(self) -> Mapping[str, tuple[int, int]]:
         """(rows, examples) of the batch that laid out a layer's state, where its sizes depend on them."""
@@ -86,10 +90,11 @@ class Curvature:
         self._tensors, self._counts, self._refreshes = self._tensors | tensors, dict(counts), dict(refreshes)
 
     def replace(self, plan: Plan, new: Mapping[Key, Tensor]) -> None:
-        """Take the state that a program has computed."""
+        """Take the state that a program has computed; layers of which it computed none do not count."""
         self._tensors.update(new)
         for match in plan.matched:
-            self._counts[match.key] = self._counts.get(match.key, 0) + 1
+            if not new.keys().isdisjoint(self._layers[match.key].values()):
+                self._counts[match.key] = self._counts.get(match.key, 0) + 1
 
     def next_weights(self, plan: Plan) -> Tensor:
         """Share of the next batch in the moving averages of each layer of the plan: [layers].
@@ -157,7 +162,10 @@ class Curvature:
         """
         weights = self.next_weights(plan)
         for index, match in enumerate(plan.matched):
-            owned = [n for n in self._method.statistics_names(match) if (match.key, n) in batch]
+            statistics = self._method.statistics_names(match)
+            if not any((state_owner(plan, match, name), name) in batch for name in statistics):
+                continue
+            owned = [n for n in statistics if (match.key, n) in batch]
             names = [name for name in owned if state_owner(plan, match, name) == match.key]
             tensors = {name: batch[match.key, name] for name in names}
             places = self._layers[match.key]

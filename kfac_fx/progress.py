@@ -42,10 +42,14 @@ class Progress:
         self.quadratic = quadratic_update(method)
         self.pending: Pending | None = None
 
-    @property
-    def statistics_due(self) -> bool:
-        """Whether the next batch gives statistics."""
-        return self.steps % self._method.statistics_every == 0 or self.curvature.empty
+    def collecting(self, plan: Plan) -> frozenset[str]:
+        """Layers of this plan whose statistics the next batch gives."""
+        layers = frozenset(match.key for match in plan.matched)
+        if self.curvature.empty:
+            return layers
+        if self._staggered:
+            return layers & self.curvature.part(self.steps)
+        return layers if self.steps % self._method.statistics_every == 0 else frozenset()
 
     @property
     def refresh_due(self) -> bool:

@@ -1,6 +1,6 @@
-"""Staggered refresh: which layers get new inverses at which step of a period.
+"""Staggered refresh: which layers get new statistics and new inverses at which step of a period.
 
-Enters: the layers known, the state tensors that each reads, what its refresh costs. Leaves: names by slot. No
+Enters: the layers known, the state tensors that each reads, what each costs. Leaves: names by slot. No
 tensors; it follows from the plans and the method alone, so that nothing of it has to be saved.
 """
 
@@ -17,6 +17,7 @@ from kfac_fx.types import FactorSpec
 
 Refresh = Literal["together", "staggered"]
 Unit = tuple[str, ...]
+MOST_PARTS = 5
 
 
 @final
@@ -25,20 +26,25 @@ class Schedule:
 
     def __init__(self, method: Method) -> None:
         self._method = method
-        self._costs: dict[str, int] = {}
+        self._costs: dict[str, tuple[int, int]] = {}
         self._units: list[Unit] = []
         self._slots: dict[int, Unit] | None = None
+        self._parts: dict[int, Unit] | None = None
 
     def learn(self, tensors: Mapping[str, Iterable[Hashable]], factors: Iterable[FactorSpec]) -> None:
         """Take these layers. tensors: those that each reads. factors: of a plan that has come into use.
 
-        A refresh of a layer costs the most of all plans, in whatever order they come.
+        A layer's statistics and its refresh cost the most of all plans, in whatever order they come.
         """
-        costs = dict.fromkeys(tensors, 0)
+        costs: dict[str, tuple[int, int]] = dict.fromkeys(tensors, (0, 0))
         for spec in factors:
-            costs[spec.owner] += spec.flops_refresh
-        self._costs = {key: max(cost, self._costs.get(key, 0)) for key, cost in costs.items()}
-        self._units, self._slots = units(tensors), None
+            statistics, refresh = costs[spec.owner]
+            costs[spec.owner] = statistics + spec.flops_statistics, refresh + spec.flops_refresh
+        for key, found in costs.items():
+            statistics, refresh = self._costs.get(key, (0, 0))
+            costs[key] = max(found[0], statistics), max(found[1], refresh)
+        self._costs, self._units = costs, units(tensors)
+        self._slots = self._parts = None
 
     def late(self, refreshes: Mapping[str, int]) -> list[str]:
         """Layers without any of these refreshes yet, and those that share a tensor with one."""
@@ -46,11 +52,30 @@ class Schedule:
 
     def slot(self, step: int) -> Unit:
         """Layers to refresh at this step: each once in `inverse_every` steps."""
-        every = self._method.inverse_every
+        period = self._method.inverse_every
         if self._slots is None:
-            costs = {unit: sum(map(self._costs.__getitem__, unit)) for unit in self._units}
-            self._slots = dealt(costs, period=every, statistics_every=self._method.statistics_every)
-        return self._slots.get(step % every, ())
+            between = math.gcd(period, self._method.statistics_every // self._num_parts)
+            costs = {unit: sum(self._costs[key][1] for key in unit) for unit in self._units}
+            self._slots = dealt(costs, refresh_slots(len(costs), period=period, statistics_every=between))
+        return self._slots.get(step % period, ())
+
+    def part(self, step: int) -> Unit:
+        """Layers whose statistics are due at this step: each once in `statistics_every` steps."""
+        period = self._method.statistics_every
+        if self._parts is None:
+            between = period // self._num_parts
+            costs = {unit: sum(self._costs[key][0] for key in unit) for unit in self._units}
+            self._parts = dealt(costs, range(0, period, between))
+        return self._parts.get(step % period, ())
+
+    @property
+    def _num_parts(self) -> int:
+        """In how many parts the layers' statistics come. Each is a program of its own; every other step or
+        more has none.
+        """
+        every = self._method.statistics_every
+        most = max(1, min(MOST_PARTS, len(self._units), every // 2))
+        return next(num for num in range(most, 0, -1) if every % num == 0)
 
 
 def check_staggered(method: Method) -> None:
@@ -84,12 +109,11 @@ def units(tensors: Mapping[str, Iterable[Hashable]]) -> list[Unit]:
     return [tuple(keys) for first, keys in member.items() if keys[0] == first]
 
 
-def dealt(costs: Mapping[Unit, int], *, period: int, statistics_every: int) -> dict[int, Unit]:
-    """Layers to refresh at the steps t with t % period = slot, by slot; slots without any are not in it.
+def dealt(costs: Mapping[Unit, int], slots: Iterable[int]) -> dict[int, Unit]:
+    """Layers by slot; slots without any are not in it.
 
-    The costliest unit goes to the least loaded slot, equal ones by name. costs: FLOPs of each unit's refresh.
+    The costliest unit goes to the least loaded slot, equal ones by name. costs: FLOPs of each unit.
     """
-    slots = _slots(len(costs), period=period, statistics_every=statistics_every)
     loads = dict.fromkeys(slots, 0)
     filled: dict[int, Unit] = {}
     for unit in sorted(costs, key=lambda unit: (-costs[unit], sorted(unit))):
@@ -99,7 +123,7 @@ def dealt(costs: Mapping[Unit, int], *, period: int, statistics_every: int) -> d
     return filled
 
 
-def _slots(wanted: int, *, period: int, statistics_every: int) -> list[int]:
+def refresh_slots(wanted: int, *, period: int, statistics_every: int) -> list[int]:
     """The first slots, no more than wanted: of those whose steps never compute statistics if there is one for
     every unit, or if they are two thirds of all; else of all.
     """

@@ -90,9 +90,8 @@ class TrainStep:
                 loss = self._collect(compiled, batch)
                 self._finish(self._point(compiled, batch, buffers))
                 return loss
-            variant: Variant = "statistics" if self._progress.statistics_due else "plain"
-            outputs = self._run(variant, compiled, batch)
-            if variant == "statistics":
+            outputs = self._run("statistics", "plain", compiled, batch)
+            if outputs.state:
                 self._curvature.replace(compiled.plan, outputs.state)
             self._link.apply(outputs.gradients)
             self._progress.finished()
@@ -117,8 +116,7 @@ class TrainStep:
 
     def _collect(self, compiled: Compiled, batch: Batch) -> Tensor:
         """Add a batch to those that wait. Returns its loss."""
-        variant: Variant = "batch_statistics" if self._progress.statistics_due else "gradients"
-        outputs = self._run(variant, compiled, batch)
+        outputs = self._run("batch_statistics", "gradients", compiled, batch)
         with torch.no_grad():
             new = Pending.of(compiled.plan, outputs.weight, outputs.gradients, outputs.state, outputs.finite)
             waiting = self._progress.pending
@@ -246,6 +244,10 @@ class TrainStep:
         rows = self._curvature.rows
         return trace(self.model, self.loss_fn, batch, method=self.method, rows=rows, **self._options)
 
-    def _run(self, variant: Variant, compiled: Compiled, batch: Batch) -> Outputs:
+    def _run(self, collects: Variant, otherwise: Variant, compiled: Compiled, batch: Batch) -> Outputs:
+        """The program that is due. collects: where some layer's statistics are."""
+        layers = self._progress.collecting(compiled.plan)
         tensors = [*self.model.parameters(), *self.model.buffers(), *batch.tensors]
-        return compiled.call(variant, tensors, rates=self._link.learning_rates, watch=self._watch)
+        rates = self._link.learning_rates
+        variant = collects if layers else otherwise
+        return compiled.call(variant, tensors, rates=rates, watch=self._watch, layers=layers)

@@ -5,6 +5,7 @@ first period after all layers were refreshed together some inverses are renewed 
 so do not change; the tests look at later periods.
 """
 
+import copy
 import io
 from collections.abc import Iterable
 from itertools import pairwise
@@ -21,7 +22,7 @@ from tests.training import differing, snapshot, twin
 Layers = dict[str, dict[str, Tensor]]
 WITH_INVERSES = [name for name in kfac_fx.methods() if name not in ("diagonal", "singd", "ikfac")]
 KFAC = kfac_fx.KFAC(statistics_every=1, inverse_every=4, damping=0.1)
-NKFAC = kfac_fx.NKFAC(statistics_every=4, inverse_every=4, exact_every=1, damping=0.0, damping_floor=0.05)
+NKFAC = kfac_fx.NKFAC(statistics_every=8, inverse_every=4, exact_every=1, damping=0.0, damping_floor=0.05)
 
 
 class Attention(nn.Module):
@@ -119,13 +120,48 @@ def test_steps_with_statistics_refresh_nothing_where_other_steps_can() -> None:
     assert statistics == [False, False, True, False, False, True] * 2
 
 
+def test_statistics_come_in_parts_each_layer_once_and_never_at_once_with_a_refresh() -> None:
+    method = kfac_fx.KFAC(statistics_every=6, inverse_every=12)
+    states = history(compiled(layered(), method), batches(37))[12:]
+    parts = [renewed(*pair, name="G") for pair in pairwise(states)]
+    assert parts[5::6] == [{"0.weight"}] * 4  # the first pair is of steps 12 and 13
+    assert parts[1::6] == [{"2.weight"}] * 4 and parts[3::6] == [{"4.weight"}] * 4
+    assert not any(parts[::2])
+    refreshed = [renewed(*pair) for pair in pairwise(states)]
+    assert sorted(key for keys in refreshed for key in keys) == sorted(
+        ["0.weight", "2.weight", "4.weight"] * 2
+    )
+    assert not any(part and keys for part, keys in zip(parts, refreshed, strict=True))
+
+
+def test_parts_of_statistics_are_those_of_the_whole_graph() -> None:
+    """The factors of a part of the layers, against a step that collects all from the same batch."""
+    method = kfac_fx.KFAC(statistics_every=6, inverse_every=12)
+    model, data = layered(), batches(14)
+    step = compiled(model, method)
+    states = history(step, data[:12])
+    other = compiled(copy.deepcopy(model), method, refresh="together")
+    other.load_state_dict(copy.deepcopy(step.state_dict()))
+    after, whole = copied_after(step, data[12]), copied_after(other, data[12])
+    changed = renewed(states[-1], after, name="G")
+    assert changed and changed != set(after)
+    for key in changed:
+        for name in ("A", "G"):
+            assert torch.equal(after[key][name], whole[key][name])
+
+
+def copied_after(step: kfac_fx.TrainStep, batch: tuple[Tensor, Tensor]) -> Layers:
+    step(*batch)
+    return copied(step)
+
+
 @pytest.mark.parametrize(
     ("method", "inverses", "damping"), [(KFAC, factored_inverses, 0.1), (NKFAC, floored_inverses, 0.05)]
 )
 def test_new_inverses_are_those_of_the_factors_before_the_step(
     method: Any, inverses: Any, damping: float
 ) -> None:
-    states = history(compiled(layered(), method), batches(9))
+    states = history(compiled(layered(), method), batches(9 if method is KFAC else 21))
     seen, moved = set(), False
     for before, after in pairwise(states):
         for key in renewed(before, after):
@@ -146,13 +182,12 @@ def test_new_inverses_are_those_of_the_factors_before_the_step(
 @pytest.mark.parametrize("method", [KFAC, NKFAC, kfac_fx.EKFAC(statistics_every=1, inverse_every=4)])
 def test_readers_of_one_input_are_refreshed_together(method: Any) -> None:
     step = compiled(Attention().double(), method)
-    states = history(step, batches(13, 4, 6))[4:]
+    states = history(step, batches(13 if method is not NKFAC else 25, 4, 6))[4:]
+    wanted = [2, 2, 4] if method is not NKFAC else [2, 3, 15]  # its statistics change every eighth step
     names = ("G_basis",) if method.name == "ekfac" else ("G_inverse",)
     changes = [renewed(*pair, name=name) for pair in pairwise(states) for name in names]
     together = {"q.weight", "k.weight", "v.weight"}
-    assert changes.count(together) == 2
-    assert changes.count({"head.weight"}) == 2
-    assert changes.count(set()) == 4
+    assert [changes.count(keys) for keys in (together, {"head.weight"}, set())] == wanted
     live = step.state_dict()["curvature"]
     assert live["q.weight"]["A"] is live["k.weight"]["A"] is live["v.weight"]["A"]
     for before, after in pairwise(states):
