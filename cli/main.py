@@ -103,23 +103,33 @@ def bench(
     target: TargetText,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="Curvature method; repeatable. [default: kfac, nkfac]"),
+        typer.Option("--method", "-m", help="Curvature method; repeatable (default: kfac and nkfac)."),
     ] = None,
     fisher: FisherName = "empirical",
     sharing: SharingName = "expand",
     exclude: Excluded = None,
     steps: Annotated[int, typer.Option(help="Timed steps of each contender.")] = 30,
+    period: Annotated[
+        bool, typer.Option("--period", help="Instead of --steps: as many as the longest schedule's period.")
+    ] = False,
     warmup: Annotated[int, typer.Option(help="Steps of each kind that do not count.")] = 3,
     statistics_every: Annotated[
-        int | None, typer.Option(help="Steps between statistics. [default: as published]")
+        int | None, typer.Option(help="Steps between statistics (default: as published).")
     ] = None,
     inverse_every: Annotated[
-        int | None, typer.Option(help="Steps between refreshes. [default: as published]")
+        int | None, typer.Option(help="Steps between refreshes (default: as published).")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Torch's threads on the CPU. [default: all]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Torch's threads on the CPU (default: all).")] = None,
     backend: Annotated[str, typer.Option(help="auto, eager or inductor (then SGD and AdamW too).")] = "auto",
+    refresh: Annotated[
+        str, typer.Option(help="Inverses: together, or staggered over the period.")
+    ] = "together",
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Time singd and asdfghjkl too, where they are installed.")
+    ] = False,
     autotune: Annotated[
-        bool, typer.Option("--autotune", help="Measure each form of each convolution's A too.")
+        bool,
+        typer.Option("--autotune", help="Measure each form of each convolution's A, and use the fastest."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
     output: Annotated[
@@ -130,7 +140,9 @@ def bench(
 ) -> None:
     """Time training steps of methods against SGD and AdamW, in turns, each on a copy of the model.
 
-    Peak memory is that of tensors: on a CPU by torch's profiler, without what libraries allocate inside.
+    Steps, kinds of steps and phases, with ratios to SGD's; the slowest needs --period.
+
+    Peak memory is that of tensors, without what libraries allocate inside.
     """
     with _clean_errors():
         if output is not None:
@@ -145,10 +157,12 @@ def bench(
                 methods=method or benchmark.DEFAULT_METHODS,
                 statistics_every=statistics_every,
                 inverse_every=inverse_every,
-                steps=steps,
+                steps=None if period else steps,
                 warmup=warmup,
                 threads=threads,
                 backend=backend,
+                refresh=refresh,
+                peers=peers,
                 options={"fisher": fisher, "sharing": sharing, "exclude": tuple(exclude or ())},
                 tune=autotune,
                 say=lambda text: typer.echo(text, err=True),

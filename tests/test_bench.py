@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx import bench as benchmark
 from kfac_fx.bench import BenchReport, ContenderReport, bench, kinds_of
 from kfac_fx.bench.clock import in_turns, num_bytes, num_threads, peak_bytes
+from kfac_fx.bench.contender import FIRST_ORDER, Contender, FirstOrder
 from kfac_fx.bench.measure import phases_of
-from kfac_fx.bench.records import Kind, Phase
+from kfac_fx.bench.records import Kind, Memory, Phase
 from kfac_fx.bench.second_order import SecondOrder
 from kfac_fx.errors import KfacFxError, UnknownNameError
 
@@ -30,7 +30,7 @@ def convolutional() -> Data:
 @pytest.fixture(scope="module")
 def report() -> BenchReport:
     methods = ("kfac", kfac_fx.KFAC(statistics_every=2, inverse_every=4), "nkfac", "singd")
-    return bench(*convolutional(), methods=methods, steps=3, warmup=1, tune=True)
+    return bench(*convolutional(), methods=methods, steps=3, warmup=1)
 
 
 def test_every_contender_is_timed_and_sgd_comes_first(report: BenchReport) -> None:
@@ -66,7 +66,7 @@ def test_schedules_that_do_not_divide_have_refreshes_alone() -> None:
 def test_a_step_run_as_some_number_does_what_the_schedule_has_there() -> None:
     model, *data = convolutional()
     method = kfac_fx.KFAC(statistics_every=2, inverse_every=4)
-    contender = SecondOrder(model, *data, method=method, backend="eager", options={})
+    contender = SecondOrder(model, (*data,), method=method, backend="eager", options={})
     for kind, expected in {"plain": (0, 0), "statistics": (1, 0), "refresh": (1, 1)}.items():
         for index in contender.kinds[kind]:
             before = contender._progress.state_dict()["counts"]
@@ -76,11 +76,31 @@ def test_a_step_run_as_some_number_does_what_the_schedule_has_there() -> None:
                 assert {after[name][key] - before[name][key] for key in after[name]} == {number}
 
 
+@pytest.mark.parametrize("label", ["sgd", "kfac"])
+def test_parts_do_their_work_also_after_a_whole_step(label: str) -> None:
+    model, *data = convolutional()
+    contender: Contender = (
+        FirstOrder(model, (*data,), optimizer=FIRST_ORDER["sgd"], compiled=False)
+        if label == "sgd"
+        else SecondOrder(model, (*data,), method=kfac_fx.KFAC(), backend="eager", options={})
+    )
+    parts = contender.parts()
+    for _ in range(2):
+        contender.run(1)
+        before = [p.detach().clone() for p in model.parameters()]
+        parts["gradients"]()
+        assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+        contender.run(1)
+        before = [p.detach().clone() for p in model.parameters()]
+        parts["update"]()
+        assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
 def test_the_model_is_copied_and_copies_stay_where_they_are() -> None:
     model, *data = convolutional()
     before = copy.deepcopy(model.state_dict())
     contender = SecondOrder(
-        twin := copy.deepcopy(model), *data, method=kfac_fx.KFAC(), backend="eager", options={}
+        twin := copy.deepcopy(model), (*data,), method=kfac_fx.KFAC(), backend="eager", options={}
     )
     for index in range(20):
         contender.run(index)
@@ -95,26 +115,35 @@ def entry_of(seconds: tuple[float, ...], kinds: tuple[Kind, ...], **rest: Any) -
     return ContenderReport(seconds=seconds, kinds=kinds, **settings)
 
 
+def report_of(*contenders: ContenderReport) -> BenchReport:
+    run = {"model": "m", "batch": (), "device": "cpu", "backend": "eager", "threads": 1, "warmup": 1}
+    return BenchReport(contenders=contenders, refresh="together", left_out={}, tuned=None, **run)
+
+
 def test_figures_follow_from_the_times() -> None:
     plain = Kind(name="plain", per_period=7, seconds=(1.0, 9.0, 2.0))
     rare = Kind(name="refresh", per_period=3, seconds=(12.0, 10.0, 11.0))
     entry = entry_of((1.0, 2.0, 6.0, 3.0), (rare, plain))
     assert (entry.mean, entry.median, entry.slowest, entry.period) == (3.0, 2.5, 6.0, 10)
     assert entry.amortised == pytest.approx((7 * 2.0 + 3 * 11.0) / 10)
-    assert (entry.period_median, entry.stall) == (2.0, 5.5)
+    assert (entry.period_median, entry.stall, entry.of_phases) == (2.0, 5.5, None)
+    phases = Phase(name="update", seconds=3.0, share=1.0), Phase(name="refresh", seconds=8.0, share=0.25)
+    assert entry_of((1.0,), (plain,), phases=phases).of_phases == 5.0
     sgd = entry_of((1.0, 1.0, 2.0), (Kind(name="plain", per_period=1, seconds=(0.5,)),), label="sgd")
-    found = BenchReport(
-        model="m",
-        batch=(),
-        device="cpu",
-        backend="eager",
-        threads=1,
-        steps=4,
-        warmup=1,
-        contenders=(sgd, entry),
-    )
+    found = report_of(sgd, entry)
     expected = {"mean": 3.0 / (4 / 3), "median": 2.5, "slowest": 6.0, "amortised": entry.amortised / 0.5}
     assert found.ratios(entry) == pytest.approx(expected)
+
+
+def test_a_statistics_step_may_hold_the_state_beside_what_sgd_needs() -> None:
+    kinds = (Kind(name="plain", per_period=1, seconds=(1.0,)),)
+    sgd = entry_of((1.0,), kinds, label="sgd", memory=Memory(held=20, peaks={"plain": 80}))
+    peaks = {"plain": 85, "statistics": 105, "refresh": 400}
+    entry = entry_of((1.0,), kinds, memory=Memory(held=500, peaks=peaks))
+    assert report_of(sgd, entry).memory_ratio(entry) == 1.25
+    assert report_of(sgd, entry).memory_ratio(sgd) == 1
+    unknown = entry_of((1.0,), kinds)
+    assert report_of(sgd, unknown).memory_ratio(unknown) is None
 
 
 def test_phases_are_differences_of_programs() -> None:
@@ -186,31 +215,34 @@ def test_held_memory_is_that_of_model_optimizer_and_curvature(report: BenchRepor
     assert kfac.peaks["refresh"] > sgd.peaks["plain"] > parameters
 
 
+def test_without_a_number_of_steps_the_longest_period_is_timed() -> None:
+    report = bench(*convolutional(), methods=["kfac", "singd"], inverse_every=12, steps=None, warmup=1)
+    assert report.steps == 12 and all(len(entry.seconds) == 12 for entry in report.contenders)
+
+
+def test_a_staggered_refresh_spreads_over_the_period() -> None:
+    model, *data = convolutional()
+    method, options = kfac_fx.NKFAC(statistics_every=2, inverse_every=8), {"refresh": "staggered"}
+    contender = SecondOrder(model, (*data,), method=method, backend="eager", options=options)
+    assert sum(map(len, contender.kinds.values())) == 8
+    refreshed = [name for name in contender.kinds if name.startswith("refresh")]
+    assert sum(len(contender.kinds[name]) for name in refreshed) == 4  # one slot for each layer
+    total = 0
+    for name, steps in contender.kinds.items():
+        for index in steps:
+            before = sum(contender._progress.state_dict()["counts"]["refreshes"].values())
+            contender.run(index)
+            number = sum(contender._progress.state_dict()["counts"]["refreshes"].values()) - before
+            assert (number > 0) is (name in refreshed)
+            total += number
+    assert total == 4
+
+
 def test_the_number_of_threads_is_put_back() -> None:
     before = torch.get_num_threads()
     with num_threads(before + 1) as used:
         assert used == torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
-
-
-def test_autotune_measures_every_form_of_every_geometry(report: BenchReport) -> None:
-    assert report.tuned is not None
-    assert [(entry.layers, entry.channels) for entry in report.tuned] == [
-        (("0",), 2),
-        (("1",), 2),
-        (("3",), 4),
-    ]
-    for entry in report.tuned:
-        assert set(entry.seconds) == set(entry.estimates) and entry.loss >= 1
-        assert entry.best == min(entry.seconds, key=lambda form: entry.seconds[form])
-    assert set(report.tuned[0].seconds) == {"pixels"} and len(report.tuned[1].seconds) > 1
-
-
-def test_equal_geometries_are_measured_once() -> None:
-    model = nn.Sequential(*(nn.Conv2d(2, 2, 3, padding=1) for _ in range(3)))
-    x = torch.randn(2, 2, 5, 5)
-    (entry,) = benchmark.autotune(model, nn.MSELoss(), x, x)
-    assert entry.layers == ("0", "1", "2")
 
 
 def test_settings_without_meaning_are_errors() -> None:

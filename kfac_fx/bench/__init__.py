@@ -4,6 +4,7 @@ Enters: a model with a batch. Leaves: a frozen `BenchReport`; the model is copie
 """
 
 from kfac_fx.bench.autotune import autotune as autotune
+from kfac_fx.bench.autotune import measured_forms as measured_forms
 from kfac_fx.bench.contender import Contender as Contender
 from kfac_fx.bench.contender import kinds_of as kinds_of
 from kfac_fx.bench.document import to_json as to_json

@@ -82,12 +82,13 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """The most that a call allocates for tensors beside what was held before it; None if unknown.
+    """The most that one call allocates for tensors beside what was held before it; None if unknown.
 
-    CUDA: by the allocator's own count. CPU: by the profiler's record of torch's allocator, of the second of
-    two calls, since it knows only what was allocated while it watches.
+    Of the second of two calls. CUDA: by the allocator's own count. CPU: by the profiler's record of torch's
+    allocator, which knows only what was allocated while it watches.
     """
     if device.type == "cuda":
+        run()
         _wait(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

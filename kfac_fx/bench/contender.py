@@ -7,7 +7,7 @@ where it is, so that all contenders do the same arithmetic throughout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, final
+from typing import Any, Protocol, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from kfac_fx.graph import tree_leaves
 from kfac_fx.types import LossFn
 
 LEARNING_RATE = 1e-6
+Data: TypeAlias = tuple[LossFn | None, Any, Any]  # loss, inputs, targets
 FIRST_ORDER: Mapping[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=0.9),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE),
@@ -44,8 +45,8 @@ class Contender(Protocol):
         """Parts of a step that run by themselves, as `phases_of` reads them; empty if there are none."""
         ...
 
-    def tensors(self) -> Iterable[Tensor]:
-        """What is held between steps."""
+    def tensors(self) -> Iterable[Tensor] | None:
+        """What is held between steps; None if that is not known."""
         ...
 
 
@@ -73,20 +74,15 @@ class FirstOrder:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: LossFn | None,
-        inputs: Any,
-        targets: Any,
+        data: Data,
         *,
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         compiled: bool,
     ) -> None:
         self._model = model
-        self._batch = inputs, targets
+        self._batch = data[1:]
         self._optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
-
-        def loss(inputs: Any, targets: Any) -> Tensor:
-            return (loss_fn or default_loss)(call_model(model, inputs), targets)
-
+        loss = training_loss(model, data[0])
         self._loss: Callable[[Any, Any], Tensor] = torch.compile(loss, dynamic=False) if compiled else loss
         self.run(0)
 
@@ -103,11 +99,23 @@ class FirstOrder:
     def parts(self) -> Mapping[str, Callable[[], Any]]:
         """Forward and backward; the update."""
         self._gradients()
-        return {"gradients": self._gradients, "update": self._optimizer.step}
+        gradients = [(p, p.grad) for group in self._optimizer.param_groups for p in group["params"]]
+
+        def update() -> None:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            self._optimizer.step()
+
+        return {"gradients": self._gradients, "update": update}
 
     def tensors(self) -> Iterable[Tensor]:
         """The model's, and the optimizer's state."""
         return model_tensors(self._model, self._optimizer)
+
+
+def training_loss(model: nn.Module, loss_fn: LossFn | None) -> Callable[[Any, Any], Tensor]:
+    """The loss of inputs and targets."""
+    return lambda inputs, targets: (loss_fn or default_loss)(call_model(model, inputs), targets)
 
 
 def model_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

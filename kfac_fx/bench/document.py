@@ -20,10 +20,13 @@ NOTES = {
     "stall": "The slowest kind of step, by its median, over the median step of a period.",
     "ratios": "Mean over SGD's mean; median and slowest over SGD's median; amortised over SGD's amortised.",
     "compile": "Seconds of capture, compilation and the first run of each kind of step.",
+    "of phases": "Computed: the sum of the phases per step, averaged over the schedule.",
     "phases": "forward+backward: the program without curvature. precondition: the program with it less that."
     " statistics, with the moving averages: the program with both less the one before. refresh, update: by"
     " themselves. per_step: averaged over the schedule.",
-    "memory": "Bytes of tensors. held: between steps. peaks: what a step of each kind allocates beside them.",
+    "memory": "Bytes of tensors. held: between steps. peaks: what one step of each kind allocates beside it."
+    " over_plain: (held by SGD + peak of a statistics step) / (held by SGD + peak of SGD's step).",
+    "autotune": "Forms of A as plans run them. chosen: by the cost model. Methods were timed with the best.",
 }
 
 
@@ -40,6 +43,8 @@ def document(report: BenchReport) -> dict[str, Any]:
         "threads": report.threads,
         "steps": report.steps,
         "warmup": report.warmup,
+        "refresh": report.refresh,
+        "left_out": report.left_out,
         "contenders": [_contender(report, entry) for entry in report.contenders],
         "autotune": None if report.tuned is None else [_tuned(entry) for entry in report.tuned],
     }
@@ -64,6 +69,7 @@ def _contender(report: BenchReport, entry: ContenderReport) -> dict[str, Any]:
         "slowest": 1e3 * entry.slowest,
         "slowest_over_median": entry.slowest / entry.median,
         "amortised": 1e3 * entry.amortised,
+        "of_phases": None if entry.of_phases is None else 1e3 * entry.of_phases,
         "stall": entry.stall,
         "ratios": report.ratios(entry),
         "steps": _milliseconds(entry.seconds),
@@ -79,7 +85,8 @@ def _contender(report: BenchReport, entry: ContenderReport) -> dict[str, Any]:
             phase.name: {"each": 1e3 * phase.seconds, "share": phase.share, "per_step": 1e3 * phase.per_step}
             for phase in entry.phases
         },
-        "memory": None if memory is None else {**dataclasses.asdict(memory), "peak": memory.peak},
+        "memory": memory
+        and {**dataclasses.asdict(memory), "peak": memory.peak, "over_plain": report.memory_ratio(entry)},
     }
 
 
@@ -92,6 +99,7 @@ def _tuned(entry: Tuned) -> dict[str, Any]:
         "layers": entry.layers,
         "examples": entry.examples,
         "channels": entry.channels,
+        "device": entry.device,
         "geometry": dataclasses.asdict(entry.geometry),
         "estimates": {form: 1e3 * each for form, each in entry.estimates.items()},
         "milliseconds": {form: 1e3 * each for form, each in entry.seconds.items()},

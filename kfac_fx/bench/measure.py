@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 
@@ -16,29 +16,31 @@ from kfac_fx.bench.clock import in_turns, num_bytes, peak_bytes
 from kfac_fx.bench.contender import Contender
 from kfac_fx.bench.records import PHASES, ContenderReport, Kind, Memory, Phase
 
-LEAST_OF_A_KIND = 5
+Runs: TypeAlias = dict[tuple[str, str, str], Callable[[int], Any]]  # by contender, kind or part, name
+LEAST_OF_A_KIND, MOST_OF_A_KIND = 5, 10
 
 
 def measured(
     contenders: Mapping[str, Contender],
     compile_seconds: Mapping[str, float],
     *,
-    steps: int,
+    steps: int | None,
     warmup: int,
     device: torch.device,
     say: Callable[[str], Any],
 ) -> tuple[ContenderReport, ...]:
-    """Warm up, time in turns, then measure memory one by one."""
-    rounds = max(LEAST_OF_A_KIND, steps // 6)
+    """Warm up, time in turns, then measure memory one by one. steps: None for the longest period."""
+    steps = steps or max(sum(map(len, entry.kinds.values())) for entry in contenders.values())
+    rounds = min(MOST_OF_A_KIND, max(LEAST_OF_A_KIND, steps // 6))
+    kinds, parts = _kinds(contenders, rounds), _parts(contenders)
     say("warming up")
-    _kinds(contenders, warmup, device)
+    in_turns(kinds, warmup, device)
+    in_turns(parts, 1, device)
     say(f"timing {steps} steps of each")
     consecutive = {label: lambda turn, e=entry: e.run(1 + turn) for label, entry in contenders.items()}
     seconds = in_turns(consecutive, steps, device)
-    say(f"timing {rounds} steps of each kind")
-    kinds = _kinds(contenders, rounds, device)
-    say("timing the parts of steps")
-    phases = _phases(contenders, rounds, device)
+    say(f"timing {rounds} steps of each kind, and the parts of steps")
+    apart = in_turns(kinds | parts, rounds, device)
     say("measuring memory")
     return tuple(
         ContenderReport(
@@ -46,54 +48,39 @@ def measured(
             every=entry.every,
             compile_seconds=compile_seconds[label],
             seconds=tuple(seconds[label]),
-            kinds=kinds[label],
-            phases=phases[label],
+            kinds=tuple(
+                Kind(name=kind, per_period=len(indices), seconds=tuple(apart[label, "kind", kind]))
+                for kind, indices in entry.kinds.items()
+            ),
+            phases=phases_of(
+                {part: statistics.median(apart[key]) for key in parts for part in key[2:] if key[0] == label},
+                entry.every,
+            ),
             memory=_memory(entry, device),
         )
         for label, entry in contenders.items()
     )
 
 
-def _kinds(
-    contenders: Mapping[str, Contender], rounds: int, device: torch.device
-) -> dict[str, tuple[Kind, ...]]:
-    """Every kind of step of every contender, once a round."""
-    runs = {
-        (label, kind): functools.partial(_run_one_of, entry, kind, rounds)
-        for label, entry in contenders.items()
-        for kind in entry.kinds
-    }
-    seconds = in_turns(runs, rounds, device)
+def _kinds(contenders: Mapping[str, Contender], rounds: int) -> Runs:
+    """Every kind of step of every contender; the rounds are spread over the steps of the kind in a period."""
+
+    def run(turn: int, entry: Contender, indices: Sequence[int]) -> None:
+        entry.run(indices[turn * len(indices) // rounds % len(indices)])
+
     return {
-        label: tuple(
-            Kind(name=kind, per_period=len(indices), seconds=tuple(seconds[label, kind]))
-            for kind, indices in entry.kinds.items()
-        )
+        (label, "kind", kind): functools.partial(run, entry=entry, indices=indices)
         for label, entry in contenders.items()
+        for kind, indices in entry.kinds.items()
     }
 
 
-def _run_one_of(contender: Contender, kind: str, rounds: int, turn: int) -> None:
-    """A step of this kind; the turns are spread over those that one period has."""
-    indices = contender.kinds[kind]
-    contender.run(indices[turn * len(indices) // rounds])
-
-
-def _phases(
-    contenders: Mapping[str, Contender], rounds: int, device: torch.device
-) -> dict[str, tuple[Phase, ...]]:
-    """Every part of every contender, once a round after one that does not count."""
-    parts = {label: entry.parts() for label, entry in contenders.items()}
-    runs = {
-        (label, name): lambda turn, part=part: part()
-        for label in parts
-        for name, part in parts[label].items()
-    }
-    in_turns(runs, 1, device)
-    seconds = {key: statistics.median(found) for key, found in in_turns(runs, rounds, device).items()}
+def _parts(contenders: Mapping[str, Contender]) -> Runs:
+    """Every part of every contender."""
     return {
-        label: phases_of({name: seconds[label, name] for name in parts[label]}, entry.every)
+        (label, "part", name): lambda turn, part=part: part()
         for label, entry in contenders.items()
+        for name, part in entry.parts().items()
     }
 
 
@@ -119,14 +106,14 @@ def phases_of(parts: Mapping[str, float], every: tuple[int, int] | None) -> tupl
 
 
 def _memory(contender: Contender, device: torch.device) -> Memory | None:
-    """None where the device does not say how much a step allocates."""
-    peaks: dict[str, int] = {}
+    """None where the device does not say how much a step allocates, or the contender what it holds."""
+    held, peaks = 0, {}
     for kind, indices in contender.kinds.items():
         contender.run(indices[0])
-        before = list(contender.tensors())  # kept, since the profiler warns of what is freed and unknown
-        peak = peak_bytes(functools.partial(contender.run, indices[0]), device)
-        del before
+        known = contender.tensors()
+        tensors = list(known or ())  # kept, since the profiler warns of what is freed and unknown
+        peak = None if known is None else peak_bytes(functools.partial(contender.run, indices[0]), device)
         if peak is None:
             return None
-        peaks[kind] = peak
-    return Memory(held=num_bytes(contender.tensors()), peaks=peaks)
+        held, peaks[kind] = num_bytes(tensors), peak
+    return Memory(held=held, peaks=peaks)

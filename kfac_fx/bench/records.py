@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from kfac_fx.forms import Form
+from kfac_fx.forms import Case, Form
 from kfac_fx.layout import Geometry
 
 BASELINE = "sgd"
@@ -118,6 +118,11 @@ class ContenderReport:
         raise AssertionError("a period has steps")
 
     @property
+    def of_phases(self) -> float | None:
+        """Computed mean over a period: the sum of the phases per step; None without phases."""
+        return sum(phase.per_step for phase in self.phases) if self.phases else None
+
+    @property
     def stall(self) -> float:
         """The slowest kind of step relative to the median over a period."""
         return max(kind.median for kind in self.kinds) / self.period_median
@@ -126,14 +131,20 @@ class ContenderReport:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """One geometry of convolutions. layers: their names. estimates, seconds: of each form."""
+    """One geometry of convolutions. layers: their names. device: its type. estimates, seconds: by form."""
 
     layers: tuple[str, ...]
     examples: int
     channels: int
+    device: str
     geometry: Geometry
     estimates: Mapping[Form, float]
     seconds: Mapping[Form, float]
+
+    @property
+    def case(self) -> Case:
+        """What the choice depends on."""
+        return self.geometry, self.examples, self.channels, self.device
 
     @property
     def chosen(self) -> Form:
@@ -154,17 +165,27 @@ class Tuned:
 @final
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """All contenders, SGD first. device: its name. threads: of torch on the CPU. steps: consecutive ones."""
+    """All contenders, SGD first.
+
+    device: its name. threads: of torch on the CPU. refresh: of `kfac_fx.compile`. left_out: peers that did
+    not run, and why. tuned: what `autotune` found; methods then use the fastest forms.
+    """
 
     model: str
     batch: tuple[tuple[int, ...], ...]
     device: str
     backend: str
     threads: int
-    steps: int
     warmup: int
+    refresh: str
     contenders: tuple[ContenderReport, ...]
-    tuned: tuple[Tuned, ...] | None = None
+    left_out: Mapping[str, str]
+    tuned: tuple[Tuned, ...] | None
+
+    @property
+    def steps(self) -> int:
+        """Consecutive steps of each."""
+        return len(self.baseline.seconds)
 
     @property
     def baseline(self) -> ContenderReport:
@@ -183,3 +204,14 @@ class BenchReport:
             "slowest": entry.slowest / self.baseline.median,
             "amortised": entry.amortised / self.baseline.amortised,
         }
+
+    def memory_ratio(self, entry: ContenderReport) -> float | None:
+        """Peak of a statistics step, less what the entry holds beyond SGD (the state), over SGD's peak.
+
+        Of the kind "statistics", else of the largest kind. None where memory is not known.
+        """
+        memory, plain = entry.memory, self.baseline.memory
+        if memory is None or plain is None:
+            return None
+        step = memory.peaks.get("statistics", max(memory.peaks.values()))
+        return (plain.held + step) / plain.peak

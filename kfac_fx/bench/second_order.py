@@ -14,14 +14,13 @@ from typing import Any, final
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.bench.contender import LEARNING_RATE, kinds_of, model_tensors
+from kfac_fx.bench.contender import LEARNING_RATE, Data, kinds_of, model_tensors
 from kfac_fx.contracts import Method
 from kfac_fx.curvature import Curvature
 from kfac_fx.errors import KfacFxError
 from kfac_fx.graph import tree_leaves
 from kfac_fx.instrument import Variant
 from kfac_fx.lower import execution
-from kfac_fx.types import LossFn
 
 PROGRAMS: tuple[Variant, ...] = ("gradients", "plain", "statistics")
 
@@ -33,31 +32,38 @@ class SecondOrder:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: LossFn | None,
-        inputs: Any,
-        targets: Any,
+        data: Data,
         *,
         method: Method,
         backend: str,
         options: Mapping[str, Any],
     ) -> None:
-        self._batch = inputs, targets
+        loss_fn, *self._batch = data
         self._method = method
         step = kfac_fx.compile(model, loss_fn, method=method, backend=backend, **options)
         self._step, self._progress = step, step._progress
+        self._staggered = options.get("refresh", "together") == "staggered"
         self._modelled = self._progress.quadratic is not None
         if not self._modelled:  # the quadratic model takes the length of the update from lr 1
             for group in step.optimizer.param_groups:
                 group["lr"] = LEARNING_RATE
         self.every = method.statistics_every, method.inverse_every
-        step(inputs, targets)  # statistics are due until there are some
-        self.kinds = kinds_of(self._due, math.lcm(method.statistics_every, max(1, method.inverse_every)))
-        for steps in self.kinds.values():
-            self.run(steps[0])
+        step(*self._batch)  # statistics are due until there are some
+        period = range(math.lcm(method.statistics_every, max(1, method.inverse_every)))
+        self.kinds = kinds_of(lambda index: (bool(self._layers(index)), self._refreshes(index)), len(period))
+        firsts = {(self._layers(index), self._refreshes(index)): index for index in reversed(period)}
+        for index in sorted(firsts.values()):
+            self.run(index)
 
-    def _due(self, index: int) -> tuple[bool, bool]:
+    def _layers(self, index: int) -> frozenset[str]:
+        """Whose statistics are due; staggered, each choice of them is a program of its own."""
         self._progress.steps = index
-        return self._progress.statistics_due, self._progress.refresh_due
+        return self._progress.collecting(self._step.plan)
+
+    def _refreshes(self, index: int) -> bool:
+        self._progress.steps = index
+        slot = self._staggered and bool(self._progress.curvature.slot(index))
+        return self._progress.refresh_due or slot
 
     def run(self, index: int) -> None:
         """One training step, as number `index` of the schedule."""
@@ -73,10 +79,14 @@ class SecondOrder:
             return {}
         step, curvature = self._step, self._progress.curvature
         compiled, batch = step._captures.fitting(*self._batch)
-        gradients = step._run("gradients", compiled, batch).gradients
-        parts: dict[str, Callable[[], Any]] = {
-            name: functools.partial(step._run, name, compiled, batch) for name in PROGRAMS
-        }
+
+        def run(variant: Variant) -> Mapping[str, Tensor]:
+            tensors = [*step.model.parameters(), *step.model.buffers(), *batch.tensors]
+            rates = step._link.learning_rates
+            return compiled.call(variant, tensors, rates=rates, watch=step._watch).gradients
+
+        gradients = run("gradients")
+        parts: dict[str, Callable[[], Any]] = {name: functools.partial(run, name) for name in PROGRAMS}
         parts["update"] = lambda: step._link.apply(gradients)
         if self._method.inverse_every > 0:
             parts["refresh"] = lambda: self._refresh(curvature)
@@ -88,8 +98,8 @@ class SecondOrder:
 
     def tensors(self) -> Iterable[Tensor]:
         """The model's, the optimizer's state and the curvature."""
-        curvature = tree_leaves(self._progress.curvature.snapshot())
-        held = [leaf for leaf in curvature if isinstance(leaf, Tensor)]
+        self._snapshot = self._progress.curvature.snapshot()  # keeps what is no plain tensor, for `_memory`
+        held = [leaf for leaf in tree_leaves(self._snapshot) if isinstance(leaf, Tensor)]
         return [*model_tensors(self._step.model, self._step.optimizer), *held]
 
 

@@ -5,13 +5,14 @@ Enters: a report, and a console. Leaves: nothing; it prints.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kfac_fx.bench.document import NOTES
 from kfac_fx.bench.records import PHASES, BenchReport, Tuned
 from kfac_fx.forms import words
 
@@ -20,30 +21,33 @@ _STEPS = "milliseconds per step and (ratio to sgd): {steps} consecutive steps of
 _STEPS_NOTE = (
     "every: steps between statistics / refreshes. Ratios: mean over sgd's mean; median and slowest over its "
     "median. amortised: COMPUTED for a period of the schedule from the kinds below. stall: the slowest kind "
-    "over the median of a period. compile: capture, compilation, first runs."
+    "over the median of a period. peak: of tensors at any time (a statistics step's less the state, over "
+    "sgd's). compile: capture, compilation, first runs."
 )
 _KINDS = "milliseconds of each kind of step (median) and how many of them a period of the schedule has"
 _KINDS_NOTE = "A refresh step has statistics too, unless it is named alone."
 _PHASES = "milliseconds of each phase when it runs, and (per step of the schedule)"
-_PHASES_NOTE = (
-    "forward+backward: the program without curvature. precondition: the program with it less that. "
-    "statistics, with the moving averages: the program with both less the one before. refresh, update: by "
-    "themselves."
-)
 _FORMS = "A of convolutions: milliseconds of each form, measured (estimated)"
-_FORMS_NOTE = "chosen: by the cost model. Estimates are of one core, and meant as ratios."
+_FORMS_NOTE = (
+    "chosen: by the cost model. The methods above were timed with the best. Estimates are of one core, and "
+    "meant as ratios."
+)
 
 
 def show(report: BenchReport, console: Console) -> None:
     """Print all tables."""
     shapes = ", ".join("x".join(map(str, shape)) or "1" for shape in report.batch)
     where = f"{report.device}   backend {report.backend}   threads {report.threads}"
+    where += "" if report.refresh == "together" else f"   refresh {report.refresh}"
     console.print(Text(f"kfac-fx bench  {report.model}   batch {shapes}   {where}", style="bold"))
     _print(console, _STEPS.format(steps=report.steps), _steps(report), _STEPS_NOTE)
+    for label, why in report.left_out.items():
+        console.print(Text(f"{label}: {why}"))
     _print(console, _KINDS, _kinds(report), _KINDS_NOTE)
-    _print(console, _PHASES, _phases(report), _PHASES_NOTE)
-    if report.tuned is not None:
+    _print(console, _PHASES, _phases(report), NOTES["phases"])
+    if report.tuned:
         _print(console, _FORMS, _forms(report.tuned), _FORMS_NOTE)
+        console.print(Text(_verdict(report.tuned)))
 
 
 def _print(console: Console, title: str, table: Table, note: str) -> None:
@@ -76,7 +80,9 @@ def _steps(report: BenchReport) -> Table:
             f"{entry.slowest / entry.median:.2f}",
             _with_ratio(entry.amortised, ratios["amortised"]),
             f"{entry.stall:.2f}",
-            "-" if entry.memory is None else f"{entry.memory.peak / _MIB:.1f}",
+            "-"
+            if entry.memory is None
+            else f"{entry.memory.peak / _MIB:.1f} ({report.memory_ratio(entry):.2f})",
             f"{entry.compile_seconds:.1f}",
         )
     return table
@@ -111,12 +117,11 @@ def _phases(report: BenchReport) -> Table:
         for phase in entry.phases:
             rare = f" ({_milliseconds(phase.per_step)})" if phase.share < 1 else ""
             cells[phase.name] = _milliseconds(phase.seconds) + rare
-        total = sum(phase.per_step for phase in entry.phases)
-        table.add_row(entry.label, *cells.values(), _milliseconds(total))
+        table.add_row(entry.label, *cells.values(), _milliseconds(entry.of_phases or 0.0))
     return table
 
 
-def _forms(tuned: Iterable[Tuned]) -> Table:
+def _forms(tuned: Sequence[Tuned]) -> Table:
     table = _table(left=["layers", "input and kernel", "chosen", "best"], right=["chosen/best"])
     table.add_column("forms")
     for entry in tuned:
@@ -125,7 +130,7 @@ def _forms(tuned: Iterable[Tuned]) -> Table:
             for form in sorted(entry.seconds, key=entry.seconds.__getitem__)
         )
         table.add_row(
-            entry.layers[0] + (f" + {len(entry.layers) - 1}" if entry.layers[1:] else ""),
+            _layers(entry),
             _geometry(entry),
             words(entry.chosen, entry.geometry),
             words(entry.best, entry.geometry),
@@ -133,6 +138,19 @@ def _forms(tuned: Iterable[Tuned]) -> Table:
             forms,
         )
     return table
+
+
+def _verdict(tuned: Sequence[Tuned]) -> str:
+    """Where the cost model is wrong."""
+    wrong = [entry for entry in tuned if entry.best != entry.chosen]
+    if not wrong:
+        return "The cost model chooses the fastest form everywhere."
+    names = ", ".join(f"{_layers(entry)} ({entry.loss:.2f} times as long)" for entry in wrong)
+    return f"The cost model does not choose the fastest form for {len(wrong)} of {len(tuned)}: {names}."
+
+
+def _layers(entry: Tuned) -> str:
+    return entry.layers[0] + (f" + {len(entry.layers) - 1}" if entry.layers[1:] else "")
 
 
 def _geometry(entry: Tuned) -> str:

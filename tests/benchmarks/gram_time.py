@@ -1,9 +1,10 @@
 """Time of a convolution's A, form by form: `python tests/benchmarks/gram_time.py`.
 
-For each geometry the second moment of the patches (float32) by every form of `kfac_fx.forms`, next to what
-hook-based libraries do: `unfold` to rows and one product (im2col), and next to the layer's own forward and
-weight gradient. Rounds go through all of them in turn; figures are medians in milliseconds after one round
-that does not count. The ratio is im2col over the form that the plan would choose; a star marks that form.
+For each geometry the second moment of the patches (float32) by every form of `kfac_fx.forms`, traced and with
+its tables as constants, as plans have it; next to what hook-based libraries do, `unfold` to rows and one
+product (im2col), and next to the layer's own forward and weight gradient. Rounds go through all of them in
+turn; figures are medians in milliseconds after one round that does not count. The ratio is im2col over the
+form that the plan has; a star marks that form.
 
 Saves build/benchmarks/gram_time.json. `--threads` is torch's number of threads (default 2).
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from records import OUTPUT, save, table
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from kfac_fx.autocorrelation import patch_moment
-from kfac_fx.forms import choose, costs
-from kfac_fx.layout import Geometry, output_sizes
+import kfac_fx
+from kfac_fx.bench.autotune import programs
+from kfac_fx.bench.clock import in_turns
+from kfac_fx.types import Use
 
 # examples, channels, pixels per axis, kernel, stride, padding
 GEOMETRIES = (
@@ -50,19 +51,15 @@ GEOMETRIES = (
     (16, 256, 28, 1, 2, 0),
 )
 FORMS = ("pixels", "patches", "transform", "convolution")
+AIM = 4.0  # least ratio of 3x3 kernels with stride 1 and 32 channels and more
 
 
-def geometry_of(case: tuple[int, ...]) -> Geometry:
-    """The geometry of one row of `GEOMETRIES`."""
-    _, _, size, kernel, stride, padding = case
-    return Geometry(
-        kernel=(kernel, kernel),
-        stride=(stride, stride),
-        padding=(padding, padding),
-        dilation=(1, 1),
-        groups=1,
-        space=(size, size),
-    )
+def use_of(layer: nn.Conv2d, x: Tensor) -> Use:
+    """The layer as a plan has it."""
+    with torch.no_grad():
+        targets = layer(x)
+    (match,) = kfac_fx.inspect(layer, nn.MSELoss(), x, targets).matched
+    return match.uses[0]
 
 
 def im2col(x: Tensor, case: tuple[int, ...]) -> Tensor:
@@ -72,32 +69,33 @@ def im2col(x: Tensor, case: tuple[int, ...]) -> Tensor:
     return rows.T @ rows
 
 
-def contenders(case: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
-    """Everything that is timed for one geometry."""
+@torch.no_grad()
+def medians(case: tuple[int, ...], repeats: int) -> tuple[dict[str, float], str]:
+    """Milliseconds of everything that is timed for one geometry, and the form that a plan has."""
     num, channels, size, kernel, stride, padding = case
-    geometry = geometry_of(case)
-    x, weight = torch.randn(num, channels, size, size), torch.randn(channels, channels, kernel, kernel)
-    g = torch.randn(num, channels, *output_sizes(geometry))
-    timed: dict[str, Callable[[], Any]] = {
-        "forward": lambda: F.conv2d(x, weight, stride=stride, padding=padding),
-        "weight gradient": lambda: conv2d_weight(x, weight.shape, g, stride=stride, padding=padding),
-        "im2col": lambda: im2col(x, case),
+    layer = nn.Conv2d(channels, channels, kernel, stride=stride, padding=padding, bias=False)
+    x, weight = torch.randn(num, channels, size, size), layer.weight
+    g, use = torch.randn_like(layer(x)), use_of(layer, x)
+    timed: dict[str, Callable[[int], Any]] = {
+        "forward": lambda turn: F.conv2d(x, weight, stride=stride, padding=padding),
+        "weight gradient": lambda turn: conv2d_weight(x, weight.shape, g, stride=stride, padding=padding),
+        "im2col": lambda turn: im2col(x, case),
+        **programs(use, backend="eager"),
     }
-    for cost in costs(geometry, examples=num, channels=channels):
-        timed[cost.form] = lambda form=cost.form: patch_moment(x, geometry, form)
-    return timed
+    in_turns(timed, 1, x.device)
+    seconds = in_turns(timed, repeats, x.device)
+    return {name: 1e3 * statistics.median(s) for name, s in seconds.items()}, use.options["form"]
 
 
-def medians(timed: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Milliseconds of each, in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for repeat in range(repeats + 1):
-        for name, run in timed.items():
-            start = time.perf_counter()
-            run()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Whether the ratios are what they should be."""
+    counted = [r for r in rows if r["case"][3:5] == (3, 1) and r["case"][1] >= 32]
+    least = min(counted, key=lambda row: row["ratio"])
+    met = sum(row["ratio"] >= AIM for row in counted)
+    return (
+        f"3x3, stride 1, 32 channels and more: {met} of {len(counted)} at least {AIM:g} times faster than "
+        f"im2col; least {least['ratio']:.1f} at N, C, size {least['case'][:3]}"
+    )
 
 
 def main() -> None:
@@ -113,12 +111,11 @@ def main() -> None:
         "Milliseconds for the second moment of a convolution's patches",
         left=["N, C, size", "kernel / stride"],
         right=["forward", "weight gradient", "im2col", *FORMS, "ratio"],
-        caption="ratio: im2col over the form that a plan chooses (*)",
+        caption="ratio: im2col over the form that a plan has (*)",
     )
     rows = []
     for case in track(GEOMETRIES, description="geometries", transient=True):
-        measured = medians(contenders(case), options.repeats)
-        chosen = choose(geometry_of(case), examples=case[0], channels=case[1]).form
+        measured, chosen = medians(case, options.repeats)
         ratio = measured["im2col"] / measured[chosen]
         rows.append({"case": case, "chosen": chosen, "milliseconds": measured, "ratio": ratio})
         cells = [
@@ -127,6 +124,7 @@ def main() -> None:
         ]
         shown.add_row(f"{case[0]}, {case[1]}, {case[2]}", f"{case[3]} / {case[4]}", *cells, f"{ratio:.1f}")
     Console().print(shown)
+    Console().print(verdict(rows), highlight=False, soft_wrap=True)
     save({"rows": rows}, options.output / "gram_time.json")
 
 

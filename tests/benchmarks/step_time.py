@@ -2,16 +2,22 @@
 
 Tasks, in float32 (networks of `networks.py`, random data):
     resnet20-32   ResNet-20 of width 32, images 3x32x32, batch 64
-    resnet20-16   the same of width 16
+    resnet20-16   the same of width 16; also -64, and -32x32 and -32x128 for other batches
     transformer   6 layers, width 256, 128 tokens, batch 16
 Contenders: kfac with statistics at every step and inverses every 10 (transformer: 10 and 100), nkfac as
 published (20 and 200), and for the ResNets K-FAC by hooks and im2col (`hooked.py`, statistics at every step,
 inverses every 10), the stand-in for today's practice. Measured by `kfac_fx.bench` as in `kfac-fx bench`: in
-turns, every contender with a model of its own. "amortised" is computed over a period of the schedule from the
-medians of its kinds of steps; the other figures are of consecutive steps.
+turns, every contender with a model of its own. "mean", "slowest" and "median" are of consecutive steps.
+"amortised" is computed over a period of the schedule from the medians of its kinds of steps, "of phases" from
+those of its phases.
 
-Saves build/benchmarks/step_time.json. `--threads` is torch's number of threads (default 2). About 15 minutes
-on two cores.
+    step_time.py                       resnet20-32, resnet20-16, transformer: about 15 minutes on two cores
+    step_time.py --period              as many steps as nkfac's period has (200): "slowest" has seen them all
+    step_time.py --refresh staggered   inverses spread over the period
+    step_time.py --scaling             ResNet-20 of widths 16, 32, 64 and of batches 32, 64, 128; with a plot
+
+Saves step_time.json (scaling.json, scaling.png) in build/benchmarks. `--threads` is torch's number of threads
+(default 2).
 """
 
 from __future__ import annotations
@@ -90,6 +96,14 @@ TASKS: Mapping[str, Callable[[str], Task]] = {
     "resnet20-32": lambda name: images(name, 32, 64),
     "resnet20-16": lambda name: images(name, 16, 64),
     "transformer": lambda name: tokens(name, 16),
+    "resnet20-64": lambda name: images(name, 64, 64),
+    "resnet20-32x32": lambda name: images(name, 32, 32),
+    "resnet20-32x128": lambda name: images(name, 32, 128),
+}
+DEFAULT = ("resnet20-32", "resnet20-16", "transformer")
+SCALING = {
+    "width": {16: "resnet20-16", 32: "resnet20-32", 64: "resnet20-64"},
+    "batch": {32: "resnet20-32x32", 64: "resnet20-32", 128: "resnet20-32x128"},
 }
 
 
@@ -141,9 +155,11 @@ def measure(task: Task, options: argparse.Namespace, say: Callable[[str], Any]) 
         task.inputs,
         task.targets,
         methods=[kfac_fx.KFAC(**every), kfac_fx.NKFAC()],
-        steps=options.steps,
+        steps=None if options.period else options.steps,
         threads=options.threads,
         backend=options.backend,
+        refresh=options.refresh,
+        peers=options.peers,
         extra=extra,
         say=say,
     )
@@ -154,45 +170,61 @@ def summary(reports: Mapping[str, BenchReport], console: Console) -> None:
     shown = table(
         "Training step relative to SGD's",
         left=["task", "contender", "every"],
-        right=["mean", "amortised", "limit", "slowest / median", "stall", "step MiB", "of SGD's"],
-        caption="limit: of the amortised ratio; slowest / median: of consecutive steps; stall: of kinds",
+        right=["mean", "amortised", "of phases", "limit", "slowest / median", "stall", "memory"],
+        caption="limit: of the mean; stall: slowest kind of step over the median; memory: peak of a "
+        "statistics step, less the state, over that of SGD's step (limit 1.25)",
     )
     for name, report in reports.items():
         for entry in report.contenders:
             ratios, limit = report.ratios(entry), LIMITS.get((name, entry.label))
-            memory, sgd = entry.memory, report.baseline.memory
+            memory = report.memory_ratio(entry)
             shown.add_row(
                 name,
                 entry.label,
                 "" if entry.every is None else "{}/{}".format(*entry.every),
                 f"{ratios['mean']:.2f}",
                 f"{ratios['amortised']:.2f}",
+                "" if entry.of_phases is None else f"{entry.of_phases / report.baseline.amortised:.2f}",
                 "" if limit is None else f"{limit}",
                 f"{entry.slowest / entry.median:.2f}",
                 f"{entry.stall:.2f}",
-                "" if memory is None else f"{max(memory.peaks.values()) / 2**20:.0f}",
-                "" if memory is None or sgd is None else _growth(memory.peaks, sgd.peaks),
+                "" if memory is None else f"{memory:.2f}",
             )
     console.print(shown)
 
 
-def _growth(peaks: Mapping[str, int], base: Mapping[str, int]) -> str:
-    return f"{max(peaks.values()) / max(base.values()):.2f}"
+def plot_scaling(reports: Mapping[str, BenchReport], path: Path) -> None:
+    """Milliseconds per step by width and by batch."""
+    from plots import Panel, save_panels
+
+    panels = []
+    for title, tasks in SCALING.items():
+        columns = [reports[task] for task in tasks.values()]
+        labels = [entry.label for entry in columns[0].contenders]
+        times = {label: [1e3 * report.contender(label).amortised for report in columns] for label in labels}
+        curves = {label: ([*map(float, tasks)], own) for label, own in times.items()}
+        panels.append(Panel(title=f"by {title}", x_label=title, curves=curves, log_x=True, points=True))
+    save_panels(panels, y_label="milliseconds per step, amortised", path=path)
 
 
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--period", action="store_true", help="as many steps as the longest period has")
+    parser.add_argument("--refresh", choices=("together", "staggered"), default="together")
+    parser.add_argument("--peers", action="store_true", help="singd and asdfghjkl too, where installed")
+    parser.add_argument("--scaling", action="store_true", help="widths and batches of ResNet-20")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--task", choices=[*TASKS], action="append", help="default: all")
+    parser.add_argument("--task", choices=[*TASKS], action="append", help="repeatable")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     torch.manual_seed(0)
     console, reports = Console(width=160), {}
-    for name in options.task or TASKS:
+    scaling = dict.fromkeys(name for tasks in SCALING.values() for name in tasks.values())
+    for name in scaling if options.scaling else options.task or DEFAULT:
         with torch.device(options.device):
             task = TASKS[name](name)
         with console.status(name) as status:
@@ -200,10 +232,11 @@ def main() -> None:
         show(reports[name], console)
     summary(reports, console)
     tasks = {name: json.loads(to_json(report)) for name, report in reports.items()}
-    save(
-        {"limits": {" ".join(key): value for key, value in LIMITS.items()}, "tasks": tasks},
-        options.output / "step_time.json",
-    )
+    limits = {" ".join(key): value for key, value in LIMITS.items()}
+    file = options.output / ("scaling.json" if options.scaling else "step_time.json")
+    save({"limits": limits, "tasks": tasks}, file)
+    if options.scaling:
+        plot_scaling(reports, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":
