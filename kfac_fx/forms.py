@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, final
 
@@ -110,10 +110,13 @@ def costs(geometry: Geometry, *, examples: int, channels: int, device: str = "cp
     if geometry.transposed or (strided and max(geometry.dilation) > 1):
         return [patches]
     fits = patch_chunks(geometry) <= max(examples, 1)
+    phases = 0.0  # pixels are padded, then sorted by their phase
     if strided:
         channels, geometry = channels * math.prod(geometry.stride), phase_geometry(geometry)
+        phases = 2 * examples * channels * math.prod(geometry.space) * rates.move
     forms: tuple[Form, ...] = ("products",) if len(geometry.kernel) == 1 else ("transform", "convolution")
     found = [_of_autocorrelation(form, geometry, examples, channels, rates) for form in forms]
+    found = [replace(cost, time=cost.time + phases) for cost in found]
     if _num_sources(geometry) * math.prod(geometry.kernel) ** 2 > _LARGEST_TABLE:
         found = []
     elif transform_chunks(geometry, examples, channels) > _MOST_CHUNKS:

@@ -198,8 +198,8 @@ class MatchStatistics:
             return None
         place = next(i for i, own in enumerate(self.uses) if own is values)
         alike = [values, *(uses[place] for uses in self.readers)]
-        seen = [self._kind(v.use).output_rows(v.use, g, v.operands) != 0 for v in alike for g in v.g]
-        return torch.stack([nonzero.any(-1).any(0) for nonzero in seen]).any(0)
+        seen = [self._kind(v.use).output_rows(v.use, g, v.operands) for v in alike for g in v.g]
+        return torch.stack([g_rows.abs().amax((0, -1)) for g_rows in seen]).amax(0) != 0
 
     def _input_moment(self, uses: tuple[UseValues, ...]) -> Tensor:
         bias = self.match.bias is not None
