@@ -13,7 +13,7 @@ order of `gram.patches`. Tensors only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -42,10 +42,28 @@ def patch_moment(x: Tensor, geometry: Geometry, form: Form) -> Tensor:
     if form == "pixels":
         return gram(_pixels(x, geometry))
     if form == "patches":
-        parts = [gram(patches(part, geometry)) for part in x.chunk(min(patch_chunks(geometry), x.shape[0]))]
+        parts = [gram(rows) for rows in _patch_parts(x, geometry)]
         return sum(parts[1:], start=parts[0])
     lags = lags_by_transform if form == "transform" else lags_by_convolution
     return (polyphase if max(geometry.stride) > 1 else autocorrelation)(x, geometry, lags)
+
+
+def _patch_parts(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+    """All patches, in parts of the batch and, where one example's are too many, of its first axis."""
+    chunks, examples = patch_chunks(geometry), x.shape[0]
+    if chunks <= examples or geometry.transposed:
+        for part in x.chunk(min(chunks, examples)):
+            yield patches(part, geometry)
+        return
+    sides = [side for p in reversed(geometry.padding) for side in (p, p)]
+    padded, unpadded = F.pad(x, sides), replace(geometry, padding=(0,) * len(geometry.padding))
+    stride, reach = geometry.stride[0], geometry.dilation[0] * (geometry.kernel[0] - 1)
+    outputs = output_sizes(replace(geometry, space=tuple(x.shape[2:])))[0]
+    count = -(-outputs // min(outputs, -(-chunks // examples)))
+    for start in range(0, outputs, count):
+        length = (min(count, outputs - start) - 1) * stride + reach + 1
+        for example in padded.narrow(2, start * stride, length).split(1):
+            yield patches(example, unpadded)
 
 
 def _pixels(x: Tensor, geometry: Geometry) -> Tensor:
@@ -113,20 +131,21 @@ def _sources(x: Tensor, geometry: Geometry, axes: Sequence[int], lags: Lags) -> 
         near, far = x.narrow(dim, 0, lines), x.narrow(dim, x.shape[dim] - lines, lines)
         x = torch.stack([near, far], 1).flatten(1, 2).movedim(dim, 4).flatten(4, 5)
     sides, channels, lines = x.shape[1], x.shape[3], x.shape[4]
-    found = _lags(x.flatten(1, 4), along(geometry, kept, sides * groups), lags, whole=not axes)
+    share = sides * lines * math.prod(geometry.space[i] for i in kept) / math.prod(geometry.space)
+    found = _lags(x.flatten(1, 4), along(geometry, kept, sides * groups), lags, share)
     split = found.reshape(sides, groups, channels, lines, channels, lines, -1)
     return split.permute(1, 2, 4, 0, 3, 5, 6).flatten(3)
 
 
-def _lags(x: Tensor, geometry: Geometry, lags: Lags, *, whole: bool) -> Tensor:
+def _lags(x: Tensor, geometry: Geometry, lags: Lags, share: float) -> Tensor:
     """R of all offsets; of what has no axis left the second moment: [groups, C, C, offsets].
 
-    whole: of the image, not of strips, which are small.
+    share: of the image, that x is.
     """
     if not geometry.kernel:
         return gram(x.unflatten(1, (geometry.groups, -1)).transpose(0, 1)).unsqueeze(-1)
     if len(geometry.kernel) == 1:
-        return lags_by_products(x, geometry, product_chunks(geometry, x.shape[0]) if whole else 1)
+        return lags_by_products(x, geometry, product_chunks(geometry, x.shape[0], share))
     return lags(x, geometry)
 
 

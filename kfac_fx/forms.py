@@ -46,8 +46,8 @@ class Rates:
     many: float
 
 
-# One core of a server's CPU, measured by tests/benchmarks/gram_time.py. CUDA: from data sheets (50 TFLOP/s in
-# float32, 2 TB/s, 3 microseconds per kernel), not measured: `kfac-fx bench --autotune` measures.
+# One core of a server's CPU, fitted to the times of tests/benchmarks/gram_time.py. CUDA: from data sheets
+# (50 TFLOP/s in float32, 2 TB/s, 3 microseconds per kernel), not measured; `bench --autotune` measures.
 RATES = {
     "cpu": Rates(fast=90, slow=40, copy=7, move=2, write=2, call=500, few=2e5, many=1e6),
     "cuda": Rates(fast=3e4, slow=1e4, copy=0.01, move=0.01, write=0.01, call=10, few=3e4, many=3e5),
@@ -82,7 +82,7 @@ def choose(geometry: Geometry, *, examples: int, channels: int, device: str = "c
 
     channels: of the input, all groups. device: its type, as torch names it.
     """
-    found = costs(geometry, examples=examples, channels=channels, device=device)
+    found = costs(geometry, examples=max(examples, 1), channels=channels, device=device)
     wanted = _PREFERRED.get().get((geometry, examples, channels, device))
     return min(found, key=lambda cost: (cost.form != wanted, cost.time))
 
@@ -98,9 +98,9 @@ def preferred(forms: Mapping[Case, Form]) -> Iterator[None]:
 
 
 def costs(geometry: Geometry, *, examples: int, channels: int, device: str = "cpu") -> list[Cost]:
-    """Every form for this geometry that needs no memory beyond `LARGEST_PATCHES` images and the factor.
+    """Every form for this geometry whose Gram matrices and patches stay below `LARGEST_PATCHES` images.
 
-    If there is none, patches all the same.
+    If there is none, patches, of parts of single examples.
     """
     rates = RATES.get(device, RATES["cpu"])
     if math.prod(geometry.kernel) == 1 and not geometry.transposed:
@@ -129,9 +129,9 @@ def patch_chunks(geometry: Geometry) -> int:
     return max(1, math.ceil(expansion(geometry) / LARGEST_PATCHES))
 
 
-def product_chunks(geometry: Geometry, examples: int) -> int:
-    """In how many parts of the batch lines are moved by all offsets."""
-    return min(examples, math.ceil((2 * geometry.kernel[0] - 1) / LARGEST_PATCHES))
+def product_chunks(geometry: Geometry, examples: int, share: float) -> int:
+    """In how many parts of the batch lines are moved by all offsets. share: of the image, that they are."""
+    return max(1, min(examples, math.ceil(share * (2 * geometry.kernel[0] - 1) / LARGEST_PATCHES)))
 
 
 def transform_chunks(geometry: Geometry, examples: int, channels: int) -> int:
@@ -205,7 +205,8 @@ def _convolution(geometry: Geometry, examples: int, channels: int, rates: Rates)
     pixels, per_group = examples * math.prod(geometry.space), channels // geometry.groups
     offsets = geometry.kernel[0] * math.prod(2 * k - 1 for k in geometry.kernel[1:])
     flops = 2 * offsets * pixels * channels * per_group
-    return flops, flops / (1.4 * rates.slow * per_group / (per_group + 20))
+    share = 0.4 if geometry.groups > 1 else 1.0  # of the speed without groups
+    return flops, flops / (1.4 * share * rates.slow * per_group / (per_group + 20))
 
 
 def _transform(geometry: Geometry, examples: int, channels: int, rates: Rates) -> tuple[int, float]:

@@ -121,11 +121,18 @@ def newton_inverse(matrices: Tensor, last: Tensor, *, steps: int, guard: str) ->
 
 
 def exact_inverse(matrices: Tensor) -> Tensor:
-    """Inverse by LU; NaN for a matrix that is singular or not finite (LAPACK does not see the latter)."""
+    """Inverse by LU; NaN for a matrix that is singular or not finite (LAPACK does not see the latter).
+
+    On a CPU one by one: torch factorises a batch in several threads, for which MKL's LU is not made
+    (pytorch/pytorch#141358: errors, wrong results, hangs).
+    """
     finite = torch.isfinite(matrices).flatten(1).all(1)
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     safe = torch.where(finite[:, None, None], matrices, eye)
-    inverses, info = torch.linalg.inv_ex(safe)
+    if safe.device.type == "cpu":
+        inverses, info = map(torch.stack, zip(*map(torch.linalg.inv_ex, safe.unbind()), strict=True))
+    else:
+        inverses, info = torch.linalg.inv_ex(safe)
     return inverses.masked_fill(~(finite & (info == 0))[:, None, None], torch.nan)
 
 

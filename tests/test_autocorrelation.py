@@ -4,6 +4,7 @@ A kernel of ones at single places copies what a convolution reads there, whateve
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,6 +69,15 @@ def test_every_form_of_every_geometry_gives_the_gram_matrix_of_the_patches(
     for cost in costs(geometry, examples=examples, channels=channels):
         moment = patch_moment(x, geometry, cost.form)
         assert (moment - rows.mT @ rows).abs().max() <= 1e-12 * (x * x).sum(), cost.form
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+def test_patches_of_parts_of_an_example_are_all_its_patches(stride: tuple[int, int]) -> None:
+    geometry = replace(image(9, 1, 4, size=13), stride=stride, groups=2)
+    x = torch.randn(2, 4, 13, 13, dtype=torch.float64)
+    rows = copied_patches(x, geometry)
+    found = patch_moment(x, geometry, "patches")
+    assert (found - rows.mT @ rows).abs().max() <= 1e-12 * (x * x).sum()
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)

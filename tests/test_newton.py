@@ -282,3 +282,16 @@ def test_tf32_is_off_inside_for_cuda_and_comes_back_after_an_error() -> None:
             assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before
+
+
+def test_a_batch_is_inverted_exactly_by_several_threads() -> None:
+    """torch's own LU of a batch of such matrices fails with two threads (pytorch/pytorch#141358)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        root = torch.randn(4, 257, 257, dtype=torch.float64)
+        matrices = root @ root.mT / 257 + torch.eye(257, dtype=torch.float64)
+        product = newton.exact_inverse(matrices) @ matrices
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(product, torch.eye(257, dtype=torch.float64).expand_as(product))

@@ -58,6 +58,8 @@ MODELS = {
     "small images": (pair(nn.Conv2d(8, 32, 3, 1, 1), nn.Conv2d(32, 32, 3, 1, 1)), (32, 8, 7, 7)),
     "without padding": (pair(nn.Conv2d(1, 6, 5), nn.Conv2d(6, 16, 5)), (64, 1, 28, 28)),
     "lines": (pair(nn.Conv1d(4, 8, 9, padding=4), nn.Conv1d(8, 8, 9, 2)), (32, 4, 200)),
+    "depthwise": (pair(nn.Conv2d(16, 16, 7, 1, 3, groups=16), nn.Conv2d(16, 8, 1)), (16, 16, 14, 14)),
+    "few examples": (pair(nn.Conv2d(8, 8, 9, 1, 4, groups=8), nn.Conv2d(8, 8, 3, 1, 2, 2)), (3, 8, 16, 16)),
     "channels last": (pair(nn.Conv2d(4, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 2, 1)), (32, 4, 32, 32)),
 }
 
