@@ -167,11 +167,11 @@ def bench(
                 tune=autotune,
                 say=lambda text: typer.echo(text, err=True),
             )
-        files = () if output is None else benchmark.save(found, output)
         if json:
             typer.echo(benchmark.to_json(found))
         else:
             benchmark.show(found, make_console(no_color=no_color))
+        files = () if output is None else benchmark.save(found, output)
     for file in files:
         typer.echo(f"saved {file}", err=json)
 

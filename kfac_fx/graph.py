@@ -141,7 +141,7 @@ def traced(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Node])
 @functools.lru_cache(maxsize=64)
 def constant(function: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
     """`function(*arguments)`, computed now and once: a traced graph reads the tensor, not how it was made."""
-    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.no_grad():
+    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.no_grad(), torch.device("cpu"):
         return function(*arguments)
 
 

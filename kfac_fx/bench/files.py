@@ -26,8 +26,12 @@ def check_files(file: Path) -> None:
             f'cannot draw {file}: matplotlib is not installed. Run pip install ".[benchmarks]", or name a '
             ".json file."
         )
-    if file.is_dir() or not (file.parent.is_dir() or not file.parent.exists()):
-        raise KfacFxError(f"cannot write {file}: it is a folder, or lies in what is none.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.with_suffix(".json").open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise KfacFxError(f"cannot write {file}: {error.strerror}. Choose another file.") from error
 
 
 def save(report: BenchReport, file: Path) -> tuple[Path, ...]:
@@ -35,7 +39,6 @@ def save(report: BenchReport, file: Path) -> tuple[Path, ...]:
     check_files(file)
     document, picture = file.with_suffix(".json"), file.with_suffix(".png")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         document.write_text(to_json(report) + "\n", encoding="utf-8")
         if not _has_matplotlib():
             return (document,)

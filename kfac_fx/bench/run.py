@@ -24,6 +24,7 @@ from kfac_fx.errors import KfacFxError, check_choice
 from kfac_fx.forms import preferred
 from kfac_fx.lower import resolve_backend
 from kfac_fx.methods import resolve
+from kfac_fx.schedule import check_staggered
 from kfac_fx.types import LossFn
 
 DEFAULT_METHODS = ("kfac", "nkfac")
@@ -80,6 +81,8 @@ def bench(
             raise KfacFxError(f"{name}={value}: must be at least 1.")
     chosen = _labelled(methods, statistics_every=statistics_every, inverse_every=inverse_every)
     check_choice("refresh", refresh, ("together", "staggered"))
+    for method in chosen.values() if refresh == "staggered" else ():
+        check_staggered(method)
     device, batch = guards.model_device(model), flatten_batch(inputs, targets)
     guards.check_batch(batch, model)
     backend, data = resolve_backend(backend, device), (loss_fn, inputs, targets)

@@ -61,6 +61,7 @@ class Convolution:
         channels_in, channels_out = shape(a)[1] // geometry.groups, shape(g)[1] // geometry.groups
         d_in = channels_in * math.prod(kernel)
         num, positions = shape(g)[0], math.prod(shape(g)[2:])
+        cost = choose(geometry, examples=num, channels=shape(a)[1], device=value(a).device.type)
         suffix = f"{rank}d"
         return Product(
             kind=("conv-transpose" if transposed else "conv") + suffix,
@@ -74,9 +75,7 @@ class Convolution:
             steps=_layout(geometry, channels_in, channels_out, shape(weight)),
             bias_root=(node, 2),
             geometry=geometry,
-            options={
-                "form": choose(geometry, examples=num, channels=shape(a)[1], device=value(a).device.type).form
-            },
+            options={"form": cost.form, "estimated_ns": round(cost.time)},
         )
 
     def input_rows(self, use: Use, a: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
