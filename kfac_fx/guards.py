@@ -100,11 +100,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 
 def check_batch(batch: Batch, model: nn.Module) -> None:
-    """Raise `InputError` if a tensor of the batch is on another device than the model."""
+    """Raise `InputError` if a tensor of the batch is on another device than the model, or it is empty."""
     device = model_device(model)
     for index, tensor in enumerate(batch.tensors):
+        what = f"input {index}" if index < batch.num_inputs else f"target {index - batch.num_inputs}"
+        if index == 0 and tensor.dim() > 0 and tensor.shape[0] == 0:
+            raise InputError(
+                f"{what} has no examples: its shape is {tuple(tensor.shape)}. Skip empty batches."
+            )
         if tensor.device != device and tensor.dim() > 0:
-            what = f"input {index}" if index < batch.num_inputs else f"target {index - batch.num_inputs}"
             raise InputError(
                 f"{what} is on {tensor.device}, but the model is on {device}. "
                 f"Move it with .to({str(device)!r})."

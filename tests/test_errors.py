@@ -581,3 +581,12 @@ def test_an_unknown_graph_is_a_key_error_that_names_the_graphs() -> None:
     assert {"plain", "statistics"} <= set(step.graphs)
     with pytest.raises(KeyError, match="statstics"):
         step.graphs["statstics"]
+
+
+def test_a_batch_without_examples_is_refused_with_its_shape() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    step = kfac_fx.compile(model, nn.functional.cross_entropy)
+    x, y = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 0])
+    step(x, y)
+    with pytest.raises(errors.InputError, match=r"input 0 has no examples: its shape is \(0, 1, 4, 4\)"):
+        step(x[:0], y[:0])
