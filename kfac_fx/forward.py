@@ -7,6 +7,7 @@ mode, and changes no tensor it is given.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -20,8 +21,10 @@ from kfac_fx import graph as fxgraph
 from kfac_fx.errors import CaptureError, LossError
 from kfac_fx.hessian import root_products
 from kfac_fx.traced import Capture, LossNodes
+from kfac_fx.types import Source
 
 Vector = Mapping[str, Tensor]
+_NO_FORWARD_MODE = re.compile(r"forward AD with (\w+) that does not support it")  # torch's own words
 
 
 @final
@@ -66,8 +69,11 @@ class Forward:
             }
             try:
                 outputs = self.module(*self._arguments(duals, tensors))
-            except NotImplementedError as error:  # torch's own sign that an operator has no forward mode
-                raise CaptureError(_unsupported(error)) from error
+            except RuntimeError as error:
+                named = _NO_FORWARD_MODE.search(str(error))
+                if named is None:
+                    raise
+                raise CaptureError(_no_forward_mode(named[1], self.module)) from error
             pairs = [forward_ad.unpack_dual(tensor) for tensor in outputs]
             values = iter([(pair.primal, pair.tangent) for pair in pairs])
         loss, slope = next(values)
@@ -210,7 +216,7 @@ _REPLACED: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
 def _random(nodes: Sequence[Node]) -> str:
     places = []
     for node in nodes:
-        source = fxgraph.user_source(node.meta.get("stack_trace"))
+        source = _line_of(node)
         places.append(f"{source} ({source.code})" if source else f"{node.target}")
     return (
         f"quadratic_model=True needs a forward without random numbers, but they are drawn at "
@@ -219,6 +225,17 @@ def _random(nodes: Sequence[Node]) -> str:
     )
 
 
-def _unsupported(error: NotImplementedError) -> str:
-    first = (str(error).strip() or "an operator has no forward-mode derivative").splitlines()[0]
-    return f"quadratic_model=True needs the forward-mode derivative of the model, but: {first}"
+def _no_forward_mode(operator: str, module: GraphModule) -> str:
+    """operator: as torch names it, without its namespace."""
+    nodes = [node for node in module.graph.nodes if str(node.target).startswith(f"aten.{operator}.")]
+    places = [f" at {source} ({source.code})" for node in nodes if (source := _line_of(node))]
+    return (
+        f"quadratic_model=True needs the forward-mode derivative of the model, but torch has none for "
+        f"{operator}{','.join(dict.fromkeys(places))}. Write it with other operators, or use "
+        "quadratic_model=False."
+    )
+
+
+def _line_of(node: Node) -> Source | None:
+    """The user's line."""
+    return fxgraph.user_source(node.meta.get("stack_trace"))

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import kfac_fx
 from kfac_fx.errors import CaptureError, LossError, NonFiniteLossError, OptimizerMismatchError
+from kfac_fx.forward import forward_program
+from kfac_fx.traced import Capture
 from tests import zoo
 from tests.training import differing, run_step, snapshot
 
@@ -210,3 +212,33 @@ def test_a_batch_without_a_finite_loss_changes_nothing() -> None:
 def test_settings_without_meaning_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kfac_fx.KFAC(**settings)  # type: ignore[arg-type]
+
+
+class Distances(nn.Module):
+    """torch.cdist has no forward-mode derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(x, x)[:, :6]
+
+
+def test_an_operator_without_forward_mode_is_named_with_its_line_and_the_remedy() -> None:
+    x, y = batch(8, 4)
+    model = mlp(Distances())
+    step = kfac_fx.compile(model, F.cross_entropy, method=METHOD, backend="eager")
+    before = snapshot(model)
+    with pytest.raises(
+        CaptureError, match=r"_cdist_forward at .*test_quadratic_limits.py:\d+ .*quadratic_model=False"
+    ):
+        step(x, y)
+    assert differing(before, snapshot(model)) == []
+
+
+def test_another_failure_of_the_forward_is_not_taken_for_a_missing_derivative() -> None:
+    forward = forward_program(capture_of(mlp()))
+    parameters, (x, y) = dict(mlp().named_parameters()), batch(5, 4)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        forward.derivative(parameters, (*parameters.values(), x[:, :2], y))
+
+
+def capture_of(model: nn.Module) -> Capture:
+    return kfac_fx.inspect(model, F.cross_entropy, *batch(5, 4)).capture
