@@ -100,8 +100,10 @@ def test_unequal_parts_accumulate_to_the_whole_batch(reduction: str) -> None:
     )
 
 
-def test_a_resumed_run_of_adankfac_is_the_same_bit_for_bit() -> None:
-    method = kfac_fx.AdaNKFAC(statistics_every=2, inverse_every=3)
+@pytest.mark.parametrize("name", ["nkfac", "adankfac"])
+def test_a_resumed_run_is_the_same_bit_for_bit(name: str) -> None:
+    cls = {"nkfac": kfac_fx.NKFAC, "adankfac": kfac_fx.AdaNKFAC}[name]
+    method = cls(statistics_every=2, inverse_every=3)
     batches = [(normal(n, 2, 6, 6), torch.randint(3, (n,))) for n in (6, 6, 4) * 5]
     whole = compiled(small_network(), method=method)
     for x, y in batches[:11]:

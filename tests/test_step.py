@@ -464,7 +464,8 @@ def saved_and_loaded(state: object, path: object) -> dict:
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize(("make", "save_at"), [(sgd, 4), (adamw, 5)])
+@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("save_at", [4, 5])
 def test_continuing_from_a_saved_state_is_bit_identical(
     make: MakeOptimizer, save_at: int, tmp_path: object
 ) -> None:
