@@ -34,8 +34,8 @@ LAYERS = (
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
 # Side rooms: the highest layer they may read, and the rooms that may read them.
-SIDE = {"report": "plan", "target": "types", "bench": "__init__"}
-SIDE_READERS = {"report": {"trace", "bench"}, "target": set(), "bench": set()}
+SIDE = {"report": "plan", "target": "types", "bench": "__init__", "export": "__init__"}
+SIDE_READERS = {"report": {"trace", "bench", "export"}, "target": {"export"}, "bench": set(), "export": set()}
 
 READS_TORCH_INTERNALS = {"capture", "graph", "lower"}
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -6,7 +6,6 @@ layer.
 
 from kfac_fx.report.document import document as document
 from kfac_fx.report.document import to_json as to_json
-from kfac_fx.report.folder import save as save
 from kfac_fx.report.methods import methods_json as methods_json
 from kfac_fx.report.program import readable as readable
 from kfac_fx.report.text import render as render
