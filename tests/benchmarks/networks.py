@@ -111,10 +111,13 @@ def resnet20(*, width: int = 16, num_classes: int = 10) -> SmallResNet:
     return SmallResNet(width=width, num_classes=num_classes)
 
 
-def small_transformer(*, width: int = 256, num_blocks: int = 6, context: int = 128) -> Transformer:
-    """A decoder on bytes with heads of 64."""
+def small_transformer(
+    *, width: int = 256, num_blocks: int = 6, context: int = 128, vocabulary: int = 256
+) -> Transformer:
+    """A decoder with heads of 64; on bytes, if not said otherwise."""
     model = Transformer(width=width, num_heads=width // 64, num_blocks=num_blocks)
-    model.position = nn.Embedding(context, width)
+    model.token, model.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+    model.head = nn.Linear(width, vocabulary)
     return model
 
 

@@ -3,7 +3,8 @@
 Tasks, in float32 (networks of `networks.py`, random data):
     resnet20-32   ResNet-20 of width 32, images 3x32x32, batch 64
     resnet20-16   the same of width 16; also -64, and -32x32 and -32x128 for other batches
-    transformer   6 layers, width 256, 128 tokens, batch 16
+    transformer   6 layers, width 256, 128 tokens, batch 16, on bytes
+    transformer-words   the same with GPT-2's vocabulary of 50,257; its head is left to the optimizer
 Contenders: kfac with statistics at every step and inverses every 10 (transformer: 10 and 100), nkfac as
 published (20 and 200), and for the ResNets K-FAC by hooks and im2col (`hooked.py`, statistics at every step,
 inverses every 10), the stand-in for today's practice. Measured by `kfac_fx.bench` as in `kfac-fx bench`: in
@@ -46,6 +47,7 @@ LIMITS = {
     ("resnet20-32", "nkfac"): 1.15,
     ("resnet20-16", "nkfac"): 1.15,
     ("transformer", "kfac"): 1.15,
+    ("transformer-words", "kfac"): 1.15,
 }
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -77,12 +79,12 @@ def images(name: str, width: int, batch: int) -> Task:
     )
 
 
-def tokens(name: str, batch: int) -> Task:
-    """The transformer on random bytes."""
-    inputs, targets = torch.randint(256, (2, batch, 128)).unbind()
+def tokens(name: str, batch: int, vocabulary: int) -> Task:
+    """The transformer on random bytes or words."""
+    inputs, targets = torch.randint(vocabulary, (2, batch, 128)).unbind()
     return Task(
         name=name,
-        model=small_transformer(),
+        model=small_transformer(vocabulary=vocabulary),
         loss_fn=next_token_loss,
         inputs=inputs,
         targets=targets,
@@ -95,7 +97,8 @@ def tokens(name: str, batch: int) -> Task:
 TASKS: Mapping[str, Callable[[str], Task]] = {
     "resnet20-32": lambda name: images(name, 32, 64),
     "resnet20-16": lambda name: images(name, 16, 64),
-    "transformer": lambda name: tokens(name, 16),
+    "transformer": lambda name: tokens(name, 16, 256),
+    "transformer-words": lambda name: tokens(name, 16, 50257),
     "resnet20-64": lambda name: images(name, 64, 64),
     "resnet20-32x32": lambda name: images(name, 32, 32),
     "resnet20-32x128": lambda name: images(name, 32, 128),
