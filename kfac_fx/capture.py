@@ -43,7 +43,7 @@ def capture(
     trace = Trace()
     joint = _joint_function(model, loss_fn, batch, parameters, buffers, fisher, trace)
     flat = _distinct([*parameters.values(), *buffers.values(), *batch.tensors])
-    with _tracing_context(model), _attributes_restored(model):
+    with fxgraph.TRACING, _tracing_context(model), _attributes_restored(model):
         try:
             module = make_fx(
                 joint, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True

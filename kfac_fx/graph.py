@@ -10,6 +10,7 @@ import functools
 import operator
 import os
 import re
+import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from kfac_fx.errors import CaptureError
 from kfac_fx.types import Source
 
 aten = torch.ops.aten
+TRACING = threading.RLock()  # torch patches modules while it traces, and takes no second tracer beside it
 BATCH_NORMS = (aten.native_batch_norm.default, aten.cudnn_batch_norm.default)
 tree_flatten, tree_unflatten, tree_leaves, tree_map = (
     pytree.tree_flatten,
@@ -132,7 +134,8 @@ def traced(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Node])
                 sizes, strides = tensor.shape, tensor.stride()
                 tensor = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
             values[id(tensor)] = tensor
-        module = make_fx(lambda *tensors: tuple(function(*tensors)))(*values.values())
+        with TRACING:
+            module = make_fx(lambda *tensors: tuple(function(*tensors)))(*values.values())
     module.graph.eliminate_dead_code()
     assert not any(is_mutation(node) for node in module.graph.nodes), "spliced functions work in place"
     return module

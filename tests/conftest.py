@@ -8,6 +8,8 @@ import numpy
 import pytest
 import torch
 
+from kfac_fx import traces
+
 SEED = 0
 
 torch.set_num_threads(1)
@@ -31,3 +33,14 @@ def default_dtype_is_untouched() -> Iterator[None]:
     changed = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     assert changed is torch.float32, f"the test left {changed} as the default dtype"
+
+
+@pytest.fixture(autouse=True)
+def replaced_functions_are_not_found_again(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Captures find the traces of earlier ones, but not those of functions that a test replaces."""
+    replaces = "monkeypatch" in request.fixturenames
+    if replaces:
+        traces.forget()
+    yield
+    if replaces:
+        traces.forget()

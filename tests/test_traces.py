@@ -1,0 +1,96 @@
+"""Functions that were traced for one capture are found by later ones, as they would trace them."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kfac_fx
+from kfac_fx import graph, traces
+from tests.training import differing, run_step, snapshot
+
+
+def network(width: int = 4) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(2, width, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16 * width, 3))
+
+
+def batches(size: int = 5) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(2)
+    return [(torch.randn(size, 2, 6, 6), torch.randint(3, (size,))) for _ in range(4)]
+
+
+def trained(model: nn.Module, **settings: float) -> kfac_fx.TrainStep:
+    method = kfac_fx.KFAC(inverse_every=2, **settings)
+    step = kfac_fx.compile(model, F.cross_entropy, method=method, backend="eager")
+    run_step(step, batches())
+    return step
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """How many functions were traced since the last look. Starts with none that can be found."""
+    calls, original = [], graph.traced
+    monkeypatch.setattr(graph, "traced", lambda *args: (calls.append(1), original(*args))[1])
+
+    def since() -> int:
+        number = len(calls)
+        calls.clear()
+        return number
+
+    yield since
+
+
+def test_a_second_step_of_an_equal_model_finds_the_layers_functions(counted: Callable[[], int]) -> None:
+    trained(network())
+    first = counted()
+    trained(network())
+    assert 0 < counted() <= first - 6  # statistics, fold and precondition of two layers
+
+
+@pytest.mark.parametrize("case", ["damping", "width"])
+def test_other_settings_and_sizes_are_traced_anew(case: str, counted: Callable[[], int]) -> None:
+    trained(network())
+    first = counted()
+    trained(network(6 if case == "width" else 4), **({"damping": 0.5} if case == "damping" else {}))
+    assert counted() == first
+
+
+def test_what_is_found_gives_the_same_bits_as_what_is_traced() -> None:
+    traces.forget()
+    one, two = network(), network()
+    first, second = trained(one), trained(two)
+    assert differing(snapshot(one, first), snapshot(two, second)) == []
+
+
+def test_another_default_dtype_does_not_find_the_traces(counted: Callable[[], int]) -> None:
+    trained(network())
+    first = counted()
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = network()
+        step = trained(model)
+        found = counted()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == first
+    assert {t.dtype for t in step.state_dict()["curvature"]["0.weight"].values()} == {torch.float64}
+
+
+def test_the_traces_keep_no_model_alive() -> None:
+    model = network()
+    step = trained(model)
+    seen = weakref.ref(model)
+    del model, step
+    gc.collect()
+    assert seen() is None
+
+
+def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "_MOST", 3)
+    trained(network())
+    assert len(traces._everywhere) == 3
