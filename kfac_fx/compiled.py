@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from kfac_fx import guards
+from kfac_fx import guards, stages
+from kfac_fx.adaptive import Point
+from kfac_fx.batch import Batch
 from kfac_fx.contracts import Plan
 from kfac_fx.curvature import Curvature, Key, Rates
 from kfac_fx.forward import Forward
@@ -84,6 +86,15 @@ class Compiled:
         names = [*(p.name for p in self.plan.capture.parameters), *self.plan.capture.buffers]
         return frozenset(names[i] for i in mutated_placeholders(self.plan.capture.graph))
 
+    def point(self, model: nn.Module, batch: Batch, old: Mapping[str, Tensor]) -> Point | None:
+        """Where the model is for the quadratic model: parameters, buffers (those of `old` as they were before
+        this step's forward), batch.
+        """
+        if self.forward is None:
+            return None
+        buffers = [old.get(name, buffer) for name, buffer in model.named_buffers()]
+        return Point(forward=self.forward, tensors=(*model.parameters(), *buffers, *batch.tensors))
+
     def call(
         self,
         variant: Variant,
@@ -108,9 +119,7 @@ class Compiled:
         first = which not in self.callables
         saved = [(arguments[i], arguments[i].clone()) for i in self.mutated[which]]
         try:
-            run = self.callables.get(which) or lower(program.module, self.backend)
-            outputs = guards.first_run(run, arguments, self.plan) if first else tuple(run(*arguments))
-            self.callables[which] = run
+            outputs = self._first(which, program, arguments) if first else self.callables[which](*arguments)
             loss, weight, check, *rest = outputs
             found = Outputs(
                 loss=loss.detach(),
@@ -125,6 +134,15 @@ class Compiled:
                 for tensor, old in saved:
                     tensor.copy_(old)
             raise
+
+    def _first(self, which: Which, program: Program, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Lower a program and run it for the first time, which is when inductor compiles it."""
+        with stages.running("lower", program.module.graph.nodes) as running:
+            running.did = f"{program.variant}: {self.backend}, with its first run"
+            run = lower(program.module, self.backend)
+            outputs = guards.first_run(run, arguments, self.plan)
+        self.callables[which] = run
+        return outputs
 
     def _guarded(
         self, found: Outputs, finite: Tensor, saved: Sequence[tuple[Tensor, Tensor]], program: Program

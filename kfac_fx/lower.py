@@ -1,44 +1,115 @@
-"""Graph -> callable: eager fx code or torch.compile, and what must be saved before a step that may fail."""
+"""Graph -> callable: eager fx code or torch.compile, on CUDA with CUDA graphs and what was inserted in full
+float32; and what must be saved before a step that may fail.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from kfac_fx import graph as fxgraph
+from kfac_fx import precision
 from kfac_fx.errors import check_choice
 from kfac_fx.walk import base
 
-BACKENDS = ("auto", "eager", "inductor")
+BACKENDS = ("auto", "eager", "inductor", "inductor-no-cudagraphs")
+
+Program = Callable[..., Sequence[Tensor]]
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """auto: inductor on CUDA, eager elsewhere (on a CPU the fx code is as fast as eager autograd)."""
+    """auto: inductor on CUDA, eager elsewhere (on a CPU the fx code is as fast as eager autograd).
+
+    "inductor" replays CUDA graphs on CUDA; "inductor-no-cudagraphs" launches kernels one by one.
+    """
     check_choice("backend", backend, BACKENDS)
     if backend == "auto":
         return "inductor" if device.type == "cuda" else "eager"
     return backend
 
 
-def lower(module: GraphModule, backend: str) -> Callable[..., Sequence[Tensor]]:
-    """A callable over the module's placeholders. inductor.
+def uses_cuda_graphs(backend: str, device: torch.device) -> bool:
+    """Whether programs of this resolved backend are replayed as CUDA graphs."""
+    return backend == "inductor" and device.type == "cuda"
 
-    One graph, no break (`fullgraph=True`), static shapes.
-    """
-    run: Callable[..., Any] = module
-    if backend == "inductor":
-        run = torch.compile(module, fullgraph=True, dynamic=False)
+
+def compile_mode(backend: str, device: torch.device) -> str | None:
+    """The mode of torch.compile for a resolved backend; None where nothing is compiled."""
+    if backend == "eager":
+        return None
+    return "reduce-overhead" if uses_cuda_graphs(backend, device) else "default"
+
+
+def lower(module: GraphModule, backend: str) -> Program:
+    """A callable over the module's placeholders, whose outputs are the caller's. backend: a resolved one."""
+    device = fxgraph.value(module.graph.output_node().all_input_nodes[0]).device
+    mode = compile_mode(backend, device)
+    module = in_full_float32(module) if device.type == "cuda" else module
+    run = module if mode is None else compiled(module, mode)
+    if uses_cuda_graphs(backend, device):
+        run = _owning(run, mutated_placeholders(module))
 
     def call(*tensors: Tensor) -> Sequence[Tensor]:
         with execution():
             return run(*tensors)
 
     return call
+
+
+def compiled(module: GraphModule, mode: str) -> Program:
+    """By torch.compile: one graph, no break (`fullgraph=True`), static shapes."""
+    return torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
+
+
+def _owning(run: Program, mutated: Sequence[int]) -> Program:
+    """A program that is replayed as a CUDA graph, with outputs that outlive its next run.
+
+    mutated: positions of the inputs that it changes in place.
+
+    A replay writes its outputs where the last one of any program did, so they are copied: gradients and new
+    state once per step. Inputs are read where they were when the graph was recorded: torch copies there what
+    has moved (state and batch); parameters stay. Buffers that the program changes have to be declared to
+    stay, else torch runs it without a graph; it records anew where one was replaced.
+    """
+
+    def call(*tensors: Tensor) -> Sequence[Tensor]:
+        for place in mutated:
+            torch._dynamo.mark_static_address(tensors[place])
+        torch.compiler.cudagraph_mark_step_begin()
+        return [output.clone() for output in run(*tensors)]
+
+    return call
+
+
+def in_full_float32(module: GraphModule) -> GraphModule:
+    """The program with products of float32 that were inserted into it never in TF32.
+
+    The model's own products keep what the user allows.
+    """
+    changed, _ = fxgraph.copy_module(module)
+    for node in changed.graph.nodes:
+        if not str(node.meta.get("kfac_fx", "")).startswith("inserted"):
+            continue
+        if node.target in precision.OPERATORS and fxgraph.value(node).dtype == torch.float32:
+            node.target = precision.OPERATORS[node.target]
+        elif fxgraph.is_op(node, fxgraph.aten.convolution_backward.default):
+            _weight_gradient_alone(node)
+    changed.recompile()
+    return changed
+
+
+def _weight_gradient_alone(node: Node) -> None:
+    """Statistics read of a convolution's backward the gradient of the weight, if anything."""
+    assert list(node.args[-1]) == [False, True, False], "statistics read the gradient of the weight alone"  # type: ignore[arg-type]
+    (part,) = node.users
+    if fxgraph.value(part).dtype != torch.float32:
+        return
+    part.target, part.args = precision.WEIGHT_GRADIENT, node.args[:-1]
+    node.graph.erase_node(node)
 
 
 @contextmanager

@@ -6,32 +6,13 @@ a value on the host. Sun, Yong & Zhang 2023 (NKFAC, ECML-PKDD); methods.md 5.3, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 _SPECTRAL_MARGIN = 1.25
 _SPECTRAL_PAIRS = 10
-
-
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """Products of float32 matrices in float32 and not in TF32, whose error ends the quadratic convergence.
-
-    Pitfall P6 of methods.md. On a CPU nothing changes.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def top_eigenvalue(matrices: Tensor, *, iterations: int = 10) -> Tensor:

@@ -80,7 +80,7 @@ def test_a_step_run_as_some_number_does_what_the_schedule_has_there() -> None:
 def test_parts_do_their_work_also_after_a_whole_step(label: str) -> None:
     model, *data = convolutional()
     contender: Contender = (
-        FirstOrder(model, (*data,), optimizer=FIRST_ORDER["sgd"], compiled=False)
+        FirstOrder(model, (*data,), optimizer=FIRST_ORDER["sgd"], mode=None)
         if label == "sgd"
         else SecondOrder(model, (*data,), method=kfac_fx.KFAC(), backend="eager", options={})
     )

@@ -132,3 +132,11 @@ def test_errors_of_the_user_are_one_line(target: str, options: tuple[str, ...], 
     assert result.exit_code == 1 and result.stdout == ""
     assert result.stderr.strip().splitlines()[-1].startswith("error: ") and message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_measurement_that_fails_leaves_no_file_and_keeps_an_old_one(target: str, tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text("kept")
+    for file in (tmp_path / "new.json", old):
+        assert run(target, "--steps", "0", "-o", str(file)).exit_code == 1
+    assert not (tmp_path / "new.json").exists() and old.read_text() == "kept"

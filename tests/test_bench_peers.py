@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kfac_fx.bench import bench
 from kfac_fx.bench.peers import singd
+from kfac_fx.bench.run import _reason
 from kfac_fx.methods import resolve
 
 Data = tuple[nn.Module, nn.Module, Tensor, Tensor]
@@ -63,3 +64,9 @@ def test_a_peer_that_fails_is_named_with_the_reason() -> None:
     report = bench(*data, methods=["kfac"], steps=1, warmup=1, peers=True)
     assert [entry.label for entry in report.contenders] == ["sgd", "adamw", "kfac"]
     assert report.left_out["peer: singd"].startswith("ValueError: ")
+
+
+def test_a_peer_that_needs_a_build_for_cuda_is_named_so() -> None:
+    error = RuntimeError("NVTX functions not installed. Are you sure you have a CUDA build?")  # torch's words
+    assert _reason(error).startswith("not available on this build of torch")
+    assert _reason(ValueError("other")) == "ValueError: other"

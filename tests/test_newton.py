@@ -269,21 +269,6 @@ def test_nothing_is_read_on_the_host(guard: str) -> None:
         int(kept.sum())
 
 
-def test_tf32_is_off_inside_for_cuda_and_comes_back_after_an_error() -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "tf32"
-        with pytest.raises(KeyError), newton.full_float32(torch.device("cuda")):
-            assert matmul.fp32_precision == "ieee"
-            raise KeyError
-        assert matmul.fp32_precision == "tf32"
-        with newton.full_float32(torch.device("cpu")):
-            assert matmul.fp32_precision == "tf32"
-    finally:
-        matmul.fp32_precision = before
-
-
 def test_a_batch_is_inverted_exactly_by_several_threads() -> None:
     """torch's own LU of a batch of such matrices fails with two threads (pytorch/pytorch#141358)."""
     threads = torch.get_num_threads()

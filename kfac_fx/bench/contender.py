@@ -66,7 +66,7 @@ def kinds_of(due: Callable[[int], tuple[bool, bool]], period: int) -> dict[str, 
 
 @final
 class FirstOrder:
-    """Forward, `backward()`, the optimizer's step; the loss is compiled by torch.compile if `compiled`."""
+    """Forward, `backward()`, the optimizer's step. mode: of torch.compile for the loss; None: eager."""
 
     every: tuple[int, int] | None = None
     kinds: Mapping[str, Sequence[int]] = {"plain": (0,)}
@@ -77,13 +77,15 @@ class FirstOrder:
         data: Data,
         *,
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-        compiled: bool,
+        mode: str | None,
     ) -> None:
         self._model = model
         self._batch = data[1:]
         self._optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
         loss = training_loss(model, data[0])
-        self._loss: Callable[[Any, Any], Tensor] = torch.compile(loss, dynamic=False) if compiled else loss
+        self._loss: Callable[[Any, Any], Tensor] = (
+            loss if mode is None else torch.compile(loss, dynamic=False, mode=mode)
+        )
         self.run(0)
 
     def run(self, index: int) -> None:
@@ -99,7 +101,8 @@ class FirstOrder:
     def parts(self) -> Mapping[str, Callable[[], Any]]:
         """Forward and backward; the update."""
         self._gradients()
-        gradients = [(p, p.grad) for group in self._optimizer.param_groups for p in group["params"]]
+        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        gradients = [(p, None if p.grad is None else p.grad.clone()) for p in held]  # CUDA graphs reuse them
 
         def update() -> None:
             for parameter, gradient in gradients:

@@ -26,10 +26,14 @@ def check_files(file: Path) -> None:
             f'cannot draw {file}: matplotlib is not installed. Run pip install ".[benchmarks]", or name a '
             ".json file."
         )
+    document = file.with_suffix(".json")
+    there = document.exists()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.with_suffix(".json").open("a", encoding="utf-8"):
+        with document.open("a", encoding="utf-8"):
             pass
+        if not there:
+            document.unlink()
     except OSError as error:
         raise KfacFxError(f"cannot write {file}: {error.strerror}. Choose another file.") from error
 

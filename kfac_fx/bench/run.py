@@ -22,7 +22,7 @@ from kfac_fx.bench.second_order import SecondOrder, scheduled
 from kfac_fx.contracts import Method
 from kfac_fx.errors import KfacFxError, check_choice
 from kfac_fx.forms import preferred
-from kfac_fx.lower import resolve_backend
+from kfac_fx.lower import compile_mode, resolve_backend
 from kfac_fx.methods import resolve
 from kfac_fx.schedule import check_staggered
 from kfac_fx.types import LossFn
@@ -133,8 +133,9 @@ def _makers(
     """What makes each contender from a copy of the model, SGD first."""
     found: dict[str, Make] = {}
     for label, optimizer in FIRST_ORDER.items():
-        compiled = backend == "inductor"
-        found[label] = lambda twin, o=optimizer, c=compiled: FirstOrder(twin, data, optimizer=o, compiled=c)
+        found[label] = lambda twin, o=optimizer: FirstOrder(
+            twin, data, optimizer=o, mode=compile_mode(backend, guards.model_device(twin))
+        )
     for label, method in methods.items():
         found[label] = lambda twin, m=method: SecondOrder(
             twin, data, method=m, backend=backend, options=options
@@ -155,7 +156,7 @@ def _load_torch(device: torch.device, backend: str) -> None:
     """What PyTorch imports at a first step is part of no contender's compilation."""
     tiny, one = nn.Linear(1, 1, device=device), torch.ones(1, 1, device=device)
     for optimizer in FIRST_ORDER.values():
-        FirstOrder(tiny, (None, one, one), optimizer=optimizer, compiled=backend == "inductor")
+        FirstOrder(tiny, (None, one, one), optimizer=optimizer, mode=compile_mode(backend, device))
     kfac_fx.compile(tiny, backend=backend)(one, one)
 
 
@@ -180,6 +181,14 @@ def _made(
         except Exception as error:
             if not label.startswith(PEER):
                 raise
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            left_out[label] = "not installed" if isinstance(error, ImportError) else why
+            left_out[label] = _reason(error)
     return contenders, seconds, left_out
+
+
+def _reason(error: Exception) -> str:
+    """Why a peer was not timed, in one line."""
+    if isinstance(error, ImportError):
+        return "not installed"
+    if "NVTX" in str(error):  # torch's word where a library marks its ranges for a profiler of CUDA
+        return "not available on this build of torch: it needs NVTX, which builds without CUDA lack"
+    return f"{type(error).__name__}: {error}".splitlines()[0]

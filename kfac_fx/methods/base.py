@@ -171,9 +171,13 @@ def _typed(value: Any, hint: Any, *, default: Any) -> tuple[bool, str]:
 
 
 def averaged(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
-    """(1 - weight) old + weight new; the old where the result would not be finite."""
+    """(1 - weight) old + weight new; the old where the result would not be finite.
+
+    The extremes are finite if and only if all entries are, and take no longer than a sum, which can overflow.
+    """
     mixed = torch.lerp(old, new, weight.to(new.dtype))
-    return torch.where(torch.isfinite(mixed.sum()), mixed, old)
+    least, largest = torch.aminmax(mixed)
+    return torch.where(torch.isfinite(least) & torch.isfinite(largest), mixed, old)
 
 
 def kl_clipped(
@@ -215,4 +219,6 @@ def identity(sizes: Sequence[int], *, dtype: torch.dtype, device: torch.device) 
     """Identity matrices [batch, d, d], or ones [d]."""
     if len(sizes) == 1:
         return torch.ones(tuple(sizes), dtype=dtype, device=device)
+    if device.type == "meta":  # shapes alone are asked for, and often; diag_embed is slow there
+        return torch.empty((*sizes[:-1], sizes[-2]), dtype=dtype, device=device)
     return torch.ones(tuple(sizes[:-1]), dtype=dtype, device=device).diag_embed()

@@ -23,12 +23,12 @@ from kfac_fx.methods.damping import diagonal_inverse
 from kfac_fx.newton import (
     GUARDS,
     exact_inverse,
-    full_float32,
     kept_where_not_finite,
     newton_inverse,
     relative_damping,
     symmetrised,
 )
+from kfac_fx.precision import full_float32
 from kfac_fx.types import LayerMatch, Refreshed, State
 
 _TINY = 1e-12

@@ -194,7 +194,7 @@ class SKFAC(KroneckerFactored):
     ) -> tuple[dict[str, State], Refreshed]:
         """Z of thin sides and inverses of dense ones, equal sizes in one batched call."""
         factors = {key: thin.current_factors(state) for key, state in states.items()}
-        dampings = {key: self._dampings(states[key], pair) for key, pair in factors.items()}
+        dampings = {key: self.dampings(states[key], pair) for key, pair in factors.items()}
         dense = {
             key: [None if f"{name}_rows" in states[key] else f for name, f in zip("AG", pair, strict=True)]
             for key, pair in factors.items()
@@ -203,7 +203,7 @@ class SKFAC(KroneckerFactored):
         kept = thin.refresh_sides(states, new, factors, dampings)
         return new, replace(refreshed, kept_last=refreshed.kept_last + kept)
 
-    def _dampings(self, state: State, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def dampings(self, state: State, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(gamma_A, gamma_G) per group, in the precision of the state: rules D1 to D3 of methods.md 1.6."""
         means = [
             woodbury.mean_eigenvalue_of_rows(f) if f"{name}_rows" in state else mean_eigenvalue(f).double()
