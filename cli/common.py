@@ -34,15 +34,25 @@ Excluded = Annotated[
     list[str] | None,
     typer.Option("--exclude", help="Parameter pattern to leave out; repeatable."),
 ]
+Without = Annotated[
+    list[str] | None,
+    typer.Option("--without", metavar="PASS", help="Switch a pass off, for debugging; repeatable."),
+]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")]
 NoColor = Annotated[bool, typer.Option("--no-color", help="Plain text; the variable NO_COLOR does the same.")]
 
 
 def load(
-    target: str, *, method: str, fisher: Any, sharing: Any, exclude: list[str] | None
+    target: str,
+    *,
+    method: str,
+    fisher: Any,
+    sharing: Any,
+    exclude: list[str] | None,
+    without: list[str] | None = None,
 ) -> tuple[Target, Plan]:
     """Load and inspect. What the user's code prints goes to stderr, so that stdout is the report alone."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), kfac_fx.without_passes(*(without or ())):
         loaded = load_target(target)
         plan = kfac_fx.inspect(
             loaded.model,

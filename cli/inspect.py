@@ -16,6 +16,7 @@ from kfac_fx_cli.common import (
     NoColor,
     SharingName,
     TargetText,
+    Without,
     app,
     clean_errors,
     load,
@@ -29,6 +30,7 @@ def inspect(
     fisher: FisherName = "empirical",
     sharing: SharingName = "expand",
     exclude: Excluded = None,
+    without: Without = None,
     layer: Annotated[str | None, typer.Option(help="Only layers that fit this pattern, one by one.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 2 if a parameter is skipped.")] = False,
@@ -37,7 +39,9 @@ def inspect(
 ) -> None:
     """Show which layers would be preconditioned, at what cost, and why others are not."""
     with clean_errors():
-        _, plan = load(target, method=method, fisher=fisher, sharing=sharing, exclude=exclude)
+        _, plan = load(
+            target, method=method, fisher=fisher, sharing=sharing, exclude=exclude, without=without
+        )
         if json:
             if layer is not None or skipped:
                 typer.echo("warning: --layer and --skipped have no effect on --json", err=True)

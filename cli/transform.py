@@ -16,6 +16,7 @@ from kfac_fx_cli.common import (
     OutputFolder,
     SharingName,
     TargetText,
+    Without,
     app,
     clean_errors,
     load,
@@ -30,11 +31,14 @@ def transform(
     fisher: FisherName = "empirical",
     sharing: SharingName = "expand",
     exclude: Excluded = None,
+    without: Without = None,
     no_color: NoColor = False,
 ) -> None:
     """Write the transformed training programs and the report into a folder."""
     with clean_errors():
-        loaded, plan = load(target, method=method, fisher=fisher, sharing=sharing, exclude=exclude)
+        loaded, plan = load(
+            target, method=method, fisher=fisher, sharing=sharing, exclude=exclude, without=without
+        )
         files = export.save(plan, loaded, output)
         show(plan, make_console(no_color=no_color))
     typer.echo("")

@@ -1,6 +1,7 @@
 """A compiler pass that turns any PyTorch model into a compiled second-order training step.
 
-`compile` for training, `inspect` to see what it would do, `methods` for the names. See README.md.
+`compile` for training, `inspect` to see what it would do, `verify` to check that, `methods` for the names.
+See README.md.
 """
 
 from __future__ import annotations
@@ -32,11 +33,19 @@ from kfac_fx.methods import AdaNKFAC as AdaNKFAC
 from kfac_fx.methods import Diagonal as Diagonal
 from kfac_fx.methods import resolve as _resolve
 from kfac_fx.schedule import Refresh
+from kfac_fx.stages import SWITCHABLE_PASSES as SWITCHABLE_PASSES
+from kfac_fx.stages import log_as_asked as _log_as_asked
+from kfac_fx.stages import switched_off as _switched_off
+from kfac_fx.stages import without_passes as without_passes
 from kfac_fx.step import TrainStep as TrainStep
 from kfac_fx.trace import trace as _trace
 from kfac_fx.types import Fisher, LossFn, Sharing
+from kfac_fx.verification import Verification as Verification
+from kfac_fx.verification import verify as verify
 
 __version__ = "0.1.0"
+
+_log_as_asked()
 
 
 def methods() -> tuple[str, ...]:
@@ -71,7 +80,8 @@ def compile(
             more backward) or "type2" (exact, one more backward per class and loss term).
         sharing: "expand" (positions are examples) or "reduce" (positions are summed within an example).
         exclude: patterns (fnmatch) of parameter names to leave to the optimizer.
-        backend: "eager", "inductor", or "auto" (inductor on CUDA, eager elsewhere).
+        backend: "eager", "inductor" (on CUDA with CUDA graphs), "inductor-no-cudagraphs", or "auto" (inductor
+            on CUDA, eager elsewhere).
         strict: raise `UnsupportedModelError` if any trainable parameter cannot be preconditioned.
         refresh: "together" (all inverses every `inverse_every` steps, as published) or "staggered" (each
             layer's once in `inverse_every` steps too, but some at a time, from the statistics of earlier
@@ -93,6 +103,7 @@ def compile(
         backend=backend,
         strict=strict,
         refresh=refresh,
+        without=_switched_off(),
     )
 
 
@@ -124,6 +135,7 @@ def inspect(
         sharing=sharing,
         exclude=patterns,
         strict=strict,
+        without=_switched_off(),
     )
 
 

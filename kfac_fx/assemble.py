@@ -218,9 +218,14 @@ def _examples(use: Use, product: Product) -> int:
     if product.structure == "block":
         return product.rows
     kind = next(k for k in KINDS if k.name == product.options["kind"])
-    operands = tuple(torch.empty_like(fxgraph.value(node), device="meta") for node in use.operands)
-    g = torch.empty_like(fxgraph.value(use.g[0]), device="meta")
-    return kind.output_rows(use, g, operands).shape[1]
+    operands = tuple(_on_meta(node) for node in use.operands)
+    return kind.output_rows(use, _on_meta(use.g[0]), operands).shape[1]
+
+
+def _on_meta(node: Node) -> Tensor:
+    """A tensor without data of the node's shape. Not fake: those take ten times as long per operator."""
+    value = fxgraph.value(node)
+    return torch.empty(value.shape, dtype=value.dtype, device="meta")
 
 
 def _kind_name(item: Found, first: Product) -> str:

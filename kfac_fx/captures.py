@@ -45,6 +45,11 @@ class Captures:
         """Plans of all captures."""
         return [compiled.plan for compiled in self._compiled.values()]
 
+    @property
+    def num_compiled(self) -> int:
+        """How many programs have run, of all captures."""
+        return sum(len(compiled.callables) for compiled in self._compiled.values())
+
     def forget(self) -> None:
         """Capture anew at the next batch."""
         self._compiled.clear()

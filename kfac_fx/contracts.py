@@ -221,7 +221,10 @@ class DampedMethod(Method, Protocol):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The decision for one captured model: the only thing that report, instrument and lower read."""
+    """The decision for one captured model: the only thing that report, instrument and lower read.
+
+    without: names of the passes that are switched off.
+    """
 
     capture: Capture
     matches: Matches
@@ -231,6 +234,7 @@ class Plan:
     sharing: Sharing
     model_flops: int
     render: Callable[[Plan], str] = field(repr=False)
+    without: frozenset[str] = frozenset()
 
     @property
     def matched(self) -> tuple[LayerMatch, ...]:

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from kfac_fx import host
-from kfac_fx.canonical import gradient_names, state_dtype, state_owner
+from kfac_fx.canonical import gradient_names, state_owner
 from kfac_fx.contracts import Method, Plan
 from kfac_fx.errors import StateError
 from kfac_fx.functions import precondition_function, state_keys
 from kfac_fx.outcomes import Outcomes
+from kfac_fx.places import Key, Places, Present, placed
+from kfac_fx.precision import full_float32
 from kfac_fx.schedule import Schedule
-from kfac_fx.types import LayerMatch, State
+from kfac_fx.stages import runs
+from kfac_fx.types import State
 
-Key = tuple[str, str]
 Rates = Callable[[Plan], Tensor]  # learning rates of its layers: [layers]
 Snapshot = tuple[dict[Key, Tensor], dict[str, int], dict[str, int], Outcomes]
 
@@ -34,7 +36,7 @@ class Curvature:
     def __init__(self, method: Method) -> None:
         self._method = method
         self._tensors: dict[Key, Tensor] = {}
-        self._layers: dict[str, dict[str, Key]] = {}
+        self._layers: dict[str, Places] = {}
         self._counts: dict[str, int] = {}
         self._refreshes: dict[str, int] = {}
         self._rows: dict[str, tuple[int, int]] = {}
@@ -46,6 +48,11 @@ class Curvature:
     def empty(self) -> bool:
         """Whether some layer has no statistics yet."""
         return not all(self._counts.get(key) for key in self._layers)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the state is."""
+        return next((tensor.device for tensor in self._tensors.values()), torch.device("cpu"))
 
     @property
     def kept_last(self) -> int | Tensor:
@@ -80,6 +87,20 @@ class Curvature:
         """One state tensor."""
         return self._tensors[key, name]
 
+    def state(self, key: str) -> State:
+        """State tensors of one layer, by name."""
+        return {name: self._tensors[place] for name, place in self._layers[key].items()}
+
+    @property
+    def statistics(self) -> Mapping[str, int]:
+        """How often each layer has taken statistics."""
+        return self._counts
+
+    @property
+    def refreshes(self) -> Mapping[str, int]:
+        """How often each layer was refreshed."""
+        return self._refreshes
+
     def snapshot(self) -> Snapshot:
         """What `restore` needs to undo later changes; tensors are never changed in place."""
         return dict(self._tensors), dict(self._counts), dict(self._refreshes), self.outcomes
@@ -106,52 +127,22 @@ class Curvature:
         return host.to_device(weights, dtype=scale.dtype, device=scale.device)
 
     def adopt(self, plan: Plan) -> None:
-        """Make state for layers that are new; check that known ones fit. Called when another plan is used.
-
-        Loaded tensors are taken where they belong, once. A tensor that several layers read moves with its
-        readers if the plan gives it to another owner (the first of them was frozen).
+        """Make state for layers that are new; check that known ones fit (see `placed`). Loaded tensors are
+        taken once. Called when another plan is used.
         """
-        new: dict[Key, Tensor] = {}
-        layers: dict[str, dict[str, Key]] = {}
-        for match in plan.matched:
-            dtype = state_dtype(plan, match)
-            fresh = self._method.init(match, dtype=dtype, device=torch.device("meta"))
-            places = {name: (state_owner(plan, match, name), name) for name in fresh}
-            loaded = self._loaded.get(match.key)
-            earlier = self._layers.get(match.key, {})
-            held = {name: self._tensors.get(earlier.get(name, places[name])) for name in fresh}
-            if loaded is not None or any(tensor is None for tensor in held.values()):
-                device = torch.device(match.uses[0].g[0].meta["val"].device)
-                fresh = self._method.init(match, dtype=dtype, device=device)
-            for name, tensor in fresh.items():
-                present = held[name]
-                if loaded is not None:
-                    present = self._fit(match, name, loaded, tensor)
-                if present is not None and not self._fits(name, present, tensor):
-                    raise StateError(_misfit(match, name, present, tensor))
-                new[places[name]] = tensor if present is None else present
-            layers[match.key] = places
-            if self._method.growing_names:
-                self._rows.setdefault(match.key, match.laid_out)
+        present = Present(
+            method=self._method, tensors=self._tensors, layers=self._layers, loaded=self._loaded
+        )
+        new, layers = placed(plan, present)
         self._tensors.update(new)
         self._layers.update(layers)
+        if self._method.growing_names:
+            for match in plan.matched:
+                self._rows.setdefault(match.key, match.laid_out)
         read = {key: places.values() for key, places in self._layers.items()}
         self._schedule.learn(read, plan.factors)
         for key in layers:
             self._loaded.pop(key, None)
-
-    def _fit(self, match: LayerMatch, name: str, loaded: State, fresh: Tensor) -> Tensor:
-        if name not in loaded:
-            raise StateError(f"the saved state of {match.key} has no {name}: it was saved by another method.")
-        found = loaded[name]
-        if not self._fits(name, found, fresh):
-            raise StateError(_misfit(match, name, found, fresh))
-        return found.to(dtype=fresh.dtype, device=fresh.device)
-
-    def _fits(self, name: str, found: Tensor, fresh: Tensor) -> bool:
-        if name not in self._method.growing_names:
-            return found.shape == fresh.shape
-        return found.shape[:1] + found.shape[2:] == fresh.shape[:1] + fresh.shape[2:]
 
     def fold(
         self, plan: Plan, batch: Mapping[Key, Tensor], inverse_scale: Tensor, *, finite: Tensor | None = None
@@ -160,6 +151,8 @@ class Curvature:
 
         finite: 0-dim bool; where it is False the state stays as it is.
         """
+        if not runs("averages", plan.without):
+            return
         weights = self.next_weights(plan)
         for index, match in enumerate(plan.matched):
             statistics = self._method.statistics_names(match)
@@ -168,9 +161,11 @@ class Curvature:
             owned = [n for n in statistics if (match.key, n) in batch]
             names = [name for name in owned if state_owner(plan, match, name) == match.key]
             tensors = {name: batch[match.key, name] for name in names}
-            places = self._layers[match.key]
-            state = {name: self._tensors[place] for name, place in places.items()}
-            changed = self._method.fold(state, tensors, weight=weights[index], inverse_scale=inverse_scale)
+            places, state = self._layers[match.key], self.state(match.key)
+            with full_float32(inverse_scale.device):
+                changed = self._method.fold(
+                    state, tensors, weight=weights[index], inverse_scale=inverse_scale
+                )
             if finite is not None:
                 changed = {n: torch.where(finite, tensor, state[n]) for n, tensor in changed.items()}
             self._tensors.update({places[name]: tensor for name, tensor in changed.items()})
@@ -185,13 +180,14 @@ class Curvature:
         Warns where a factor cannot be inverted and has no earlier inverse to keep: the identity stands in.
         """
         states = {
-            key: {name: self._tensors[place] for name, place in places.items()}
-            for key, places in self._layers.items()
+            key: self.state(key)
+            for key in self._layers
             if self._counts.get(key) and (keys is None or key in keys)
         }
         counts = {key: self._refreshes.get(key, 0) for key in states}
         first = not all(counts.values())
-        with host.reading(first or self.outcomes.troubled(counts)):
+        reads = first or self.outcomes.troubled(counts)
+        with host.reading(reads), full_float32(self._device):
             new, refreshed = method.refresh(states, counts=counts)
         if first and int(refreshed.kept_last):
             warnings.warn(
@@ -210,19 +206,19 @@ class Curvature:
     ) -> dict[str, Tensor]:
         """Gradients of the matched parameters, preconditioned by the plan's method."""
         names, keys = gradient_names(plan), state_keys(plan)
-        if not names:
-            return {}
+        if not names or not runs("precondition", plan.without):
+            return {name: gradients[name] for name in names}
         tensors = [gradients[name] for name in names] + [self._tensors[key] for key in keys]
-        return dict(zip(names, precondition_function(plan, keys)(*tensors, rates(plan)), strict=True))
+        with full_float32(self._device):
+            directions = precondition_function(plan, keys)(*tensors, rates(plan))
+        return dict(zip(names, directions, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts of tensors and plain numbers.
 
         Layers that share A list the same tensor (saved once).
         """
-        layers = {
-            key: {n: self._tensors[p] for n, p in places.items()} for key, places in self._layers.items()
-        }
+        layers = {key: self.state(key) for key in self._layers}
         counts = {
             "statistics": dict(self._counts),
             "refreshes": dict(self._refreshes),
@@ -252,12 +248,3 @@ class Curvature:
         self._refreshes, self._rows = probe._refreshes, probe._rows
         self._schedule = probe._schedule
         self.outcomes = Outcomes.loaded(counts)
-
-
-def _misfit(match: LayerMatch, name: str, found: Tensor, wanted: Tensor) -> str:
-    bias = match.bias or f"the bias beside {match.weight}"
-    return (
-        f"{name} of {match.key} has shape {tuple(found.shape)}, but this model needs {tuple(wanted.shape)}: "
-        f"{bias} was frozen or unfrozen since the state was made, or the state is of another model. Set its "
-        "requires_grad back, or call kfac_fx.compile(model, ...) again, which starts with new factors."
-    )

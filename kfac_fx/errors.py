@@ -53,6 +53,10 @@ class StateError(KfacFxError):
     """A saved state does not belong to this model, method or optimizer."""
 
 
+class ExportError(KfacFxError):
+    """A training step that cannot be written as a file of its own."""
+
+
 class TargetError(KfacFxError):
     """A command line TARGET that cannot be loaded."""
 

@@ -22,6 +22,7 @@ Case = tuple[Geometry, int, int, str]  # geometry, examples, channels of all gro
 LARGEST_PATCHES = 2.5
 
 _PREFERRED: ContextVar[Mapping[Case, Form]] = ContextVar("preferred", default=MappingProxyType({}))
+_PATCHES_ONLY: ContextVar[bool] = ContextVar("patches_only", default=False)
 _MOST_CHUNKS = 16
 _LARGEST_TABLE = 2**22
 
@@ -78,10 +79,13 @@ def words(form: Form, geometry: Geometry) -> str:
 
 
 def choose(geometry: Geometry, *, examples: int, channels: int, device: str = "cpu") -> Cost:
-    """The form that is `preferred` here, else the cheapest.
+    """The form that is `preferred` here, else the cheapest; by rows inside `patches_only`.
 
     channels: of the input, all groups. device: its type, as torch names it.
     """
+    if _PATCHES_ONLY.get():
+        form: Form = "patches" if math.prod(geometry.kernel) > 1 or geometry.transposed else "pixels"
+        return _of_rows(form, geometry, max(examples, 1), channels, RATES.get(device, RATES["cpu"]))
     found = costs(geometry, examples=max(examples, 1), channels=channels, device=device)
     wanted = _PREFERRED.get().get((geometry, examples, channels, device))
     return min(found, key=lambda cost: (cost.form != wanted, cost.time))
@@ -95,6 +99,16 @@ def preferred(forms: Mapping[Case, Form]) -> Iterator[None]:
         yield
     finally:
         _PREFERRED.reset(token)
+
+
+@contextmanager
+def patches_only() -> Iterator[None]:
+    """Inside, `choose` takes patches, or pixels where the kernel is 1: the plain way, for debugging."""
+    token = _PATCHES_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _PATCHES_ONLY.reset(token)
 
 
 def costs(geometry: Geometry, *, examples: int, channels: int, device: str = "cpu") -> list[Cost]:

@@ -22,6 +22,7 @@ from kfac_fx.canonical import (
 from kfac_fx.contracts import Plan
 from kfac_fx.layers import KINDS
 from kfac_fx.layers.statistics import MatchStatistics, UseValues
+from kfac_fx.stages import runs
 from kfac_fx.types import LayerMatch, State, Use
 
 KINDS_BY_NAME = {kind.name: kind for kind in KINDS}
@@ -184,7 +185,8 @@ def precondition_function(plan: Plan, keys: Sequence[tuple[str, str]]) -> Callab
             plan.method.precondition(_layer_state(plan, match, flat), matrix)
             for match, matrix in zip(plan.matched, matrices, strict=True)
         ]
-        directions = plan.method.rescale(directions, matrices, learning_rates=tensors[-1])
+        if runs("lengths", plan.without):
+            directions = plan.method.rescale(directions, matrices, learning_rates=tensors[-1])
         return list(from_matrices(plan, directions, gradients).values())
 
     return run

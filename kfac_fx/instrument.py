@@ -1,4 +1,4 @@
-"""Writes a plan into the captured graph.
+"""Writes a plan into the captured graph, pass by pass.
 
 Enters: a `Plan`. Leaves: `Program`s, one fx graph per variant, whose mathematics is ordinary torch functions
 traced and spliced beside the weight gradients they belong to. Loss and gradients stay the nodes that were
@@ -7,7 +7,7 @@ captured.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from kfac_fx.canonical import batch_names, from_matrices, gradient_names, initial_state, state_owner
+from kfac_fx import stages
+from kfac_fx.canonical import batch_names, from_matrices, gradient_names, state_owner
 from kfac_fx.contracts import Plan
+from kfac_fx.draft import Draft
 from kfac_fx.functions import (
     fold_function,
     layer_function,
@@ -25,11 +27,19 @@ from kfac_fx.functions import (
     statistics_function,
     use_nodes,
 )
+from kfac_fx.stages import PassRecord
 from kfac_fx.types import LayerMatch
-from kfac_fx.writer import GraphWriter, Key
+from kfac_fx.writer import Key, identifier, of_layer
 
 Variant = Literal["plain", "statistics", "gradients", "batch_statistics"]
 VARIANTS: tuple[Variant, ...] = ("plain", "statistics", "gradients", "batch_statistics")
+WRITES: Mapping[Variant, tuple[str, ...]] = {
+    "plain": ("precondition", "lengths"),
+    "statistics": ("statistics", "averages", "precondition", "lengths"),
+    "gradients": (),
+    "batch_statistics": ("statistics",),
+}
+OnPass = Callable[[str, PassRecord | None, GraphModule], None]
 
 
 @final
@@ -58,105 +68,49 @@ def instrument(
     *,
     sizes: Mapping[Key, Sequence[int]] | None = None,
     layers: Collection[str] | None = None,
+    on_pass: OnPass | None = None,
 ) -> Program:
-    """Write one variant.
+    """Write one variant, without the passes that are off in the plan.
 
     sizes: shapes of state tensors that are not those of `Method.init` (thin factors that have grown). layers:
     keys of those whose statistics are collected, with all that share a tensor with them; None for all.
+    on_pass: called with the name of a pass, its record and the graph as it leaves it: as captured ("capture"),
+    with labels ("match"), and for each pass that writes. Nodes keep their names throughout.
 
     plain: forward, backward, precondition. statistics: the same plus the moving averages of the factors.
     gradients: forward and backward alone. batch_statistics: forward, backward and this batch's statistics,
     not yet averaged (for accumulation).
     """
-    capture, num_layers = plan.capture, len(plan.matched)
-    preconditions = variant in ("plain", "statistics")
-    collects = variant in ("statistics", "batch_statistics")
-    writer = GraphWriter(plan, sizes or {})
-    if collects or preconditions:
-        writer.add_states()
-    weight = None
-    if variant == "statistics":
-        weight = writer.placeholder("weights", (num_layers,), "share of this batch, per layer")
-    gradients = {name: writer.of(node) for name, node in capture.gradients.items()}
-    check = _gradient_check(writer, list(gradients.values()))
-    chosen = [m.key for m in plan.matched] if layers is None else layers
-    new_state = _write_statistics(writer, weight, chosen) if collects else {}
-    rates = None
-    if preconditions and plan.matched:
-        rates = writer.placeholder("learning_rates", (num_layers,), "learning rate of each layer")
-        gradients |= _write_precondition(writer, rates, new_state)
-    loss, scale = writer.of(capture.loss), writer.of(capture.inverse_scale)
-    read = writer.finish([loss, scale, check, *gradients.values(), *new_state.values()], collects=collects)
+    collects = "statistics" in WRITES[variant] and stages.runs("statistics", plan.without)
+    draft = Draft(plan, sizes or {}, collects=collects, only_batch=variant == "batch_statistics")
+    chosen = frozenset(m.key for m in plan.matched) if layers is None else frozenset(layers)
+    if on_pass is not None:
+        on_pass("capture", None, draft.shown())
+    draft.writer.label_matches()
+    if on_pass is not None:
+        on_pass("match", None, draft.shown())
+    for name in ("guard", *WRITES[variant], "cleanup"):
+        if not stages.runs(name, plan.without):
+            stages.note_off(name, variant)
+            continue
+        draft.writer.begin(name)
+        with stages.running(name, draft) as running:
+            done = _WRITING[name](draft, chosen)
+            running.did = f"{variant}: {done}"
+        if on_pass is not None:
+            on_pass(name, running.record, draft.shown())
     return Program(
         variant=variant,
-        module=writer.module,
-        state_inputs=read,
-        state_outputs=tuple(new_state),
-        gradients=tuple(gradients),
-        has_weight=weight is not None,
-        has_rates=rates is not None,
+        module=draft.writer.module,
+        state_inputs=draft.read,
+        state_outputs=tuple(draft.state_outputs),
+        gradients=tuple(draft.gradients),
+        has_weight=draft.weight is not None,
+        has_rates=draft.rates is not None,
     )
 
 
-def _write_statistics(writer: GraphWriter, weight: Node | None, layers: Collection[str]) -> dict[Key, Node]:
-    """Statistics of these layers beside their weight gradients: what they change in the state.
-
-    Without `weight` those of the batch alone.
-    """
-    plan = writer.plan
-    new: dict[Key, Node] = {}
-    collected: set[Key] = set()
-    weights: list[Node | None] = [None] * len(plan.matched)
-    if weight is not None and plan.matched:
-        weights = list(_apart(writer, weight))
-    for match, own in zip(plan.matched, weights, strict=True):
-        if match.key not in layers:
-            continue
-        owners = {name: (state_owner(plan, match, name), name) for name in batch_names(plan, match)}
-        wanted = tuple(name for name, key in owners.items() if key not in collected)
-        if wanted:
-            collected |= {owners[name] for name in wanted}
-            new |= _write_layer_statistics(writer, match, wanted, own)
-    return new
-
-
-def _apart(writer: GraphWriter, weights: Node) -> Iterable[Node]:
-    """Each layer's weight."""
-
-    def run(tensor: Tensor) -> dict[str, Tensor]:
-        return {str(place): weight for place, weight in enumerate(tensor.unbind())}
-
-    return writer.splice(run, [weights], label="share of this batch", before=weights.next).values()
-
-
-def _write_layer_statistics(
-    writer: GraphWriter, match: LayerMatch, wanted: tuple[str, ...], weight: Node | None
-) -> dict[Key, Node]:
-    """Those of one layer. wanted: their names. weight: the layer's."""
-    plan, states = writer.plan, writer.states(match)
-    read = [*use_nodes(match), plan.capture.inverse_scale, *reader_nodes(plan, match)]
-    place, alike = writer.after(read), signature(plan, match)
-    results = writer.splice(
-        statistics_function(plan, match, wanted),
-        [*map(writer.of, read), *states.values()],
-        label=f"{', '.join(_named(plan, match, wanted))} of {match.name}",
-        before=place,
-        source=match.source,
-        key=alike and ("statistics", alike, wanted),
-    )
-    if weight is not None:
-        results = writer.splice(
-            fold_function(plan, match, wanted),
-            [*results.values(), *states.values(), writer.of(plan.capture.inverse_scale), weight],
-            label=f"new state of {match.name}",
-            before=place,
-            source=match.source,
-            key=alike and ("fold", alike, wanted),
-        )
-    return {(state_owner(plan, match, name), name): node for name, node in results.items()}
-
-
-def _gradient_check(writer: GraphWriter, gradients: list[Node]) -> Node:
+def _write_guard(draft: Draft, layers: Collection[str]) -> str:
     """One number that is finite if and only if all gradients are."""
 
     def run(*tensors: Tensor) -> dict[str, Tensor]:
@@ -164,24 +118,94 @@ def _gradient_check(writer: GraphWriter, gradients: list[Node]) -> Node:
         sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in real]
         return {"check": torch.stack([total.to(torch.float64) for total in sums]).sum()}
 
-    return writer.splice(run, gradients, label="finite if all gradients are", key="check")["check"]
+    gradients = list(draft.gradients.values())
+    label = "finite if all gradients are"
+    draft.check = draft.writer.splice(run, gradients, label=label, names={"check": "check"}, key="check")[
+        "check"
+    ]
+    return f"1/R_, and a check of {len(gradients)} gradients"
 
 
-def _write_precondition(writer: GraphWriter, rates: Node, changed: Mapping[Key, Node]) -> dict[str, Node]:
-    """Replace each matched gradient by its preconditioned direction.
-
-    changed: state tensors that the statistics of this step have replaced.
-
-    Layer by layer; then the length of all is bounded or restored, and each goes back to its parameter.
-    """
-    plan = writer.plan
-    names = gradient_names(plan)
-    read = {name: writer.of(plan.capture.gradients[name]) for name in names}
-    matrices, directions = [], []
+def _write_statistics(draft: Draft, layers: Collection[str]) -> str:
+    """This batch's statistics of these layers, beside their weight gradients."""
+    plan, collected = draft.plan, set()
     for match in plan.matched:
-        own = {name: read[name] for name in (match.weight, match.bias) if name is not None}
+        if match.key not in layers:
+            continue
+        owners = {name: (state_owner(plan, match, name), name) for name in batch_names(plan, match)}
+        wanted = tuple(name for name, key in owners.items() if key not in collected)
+        if not wanted:
+            continue
+        collected |= {owners[name] for name in wanted}
+        results = _write_layer_statistics(draft, match, wanted)
+        draft.batch_state |= {owners[name]: node for name, node in results.items()}
+    return f"{len(collected)} statistics of {draft.writer.told(len(draft.batches))}"
+
+
+def _write_layer_statistics(draft: Draft, match: LayerMatch, wanted: tuple[str, ...]) -> dict[str, Node]:
+    """Those of one layer. wanted: their names."""
+    plan, writer = draft.plan, draft.writer
+    read = [*use_nodes(match), plan.capture.inverse_scale, *reader_nodes(plan, match)]
+    place, alike = writer.after(read), signature(plan, match)
+    named = draft.sizes_of(match, wanted)
+    results = writer.splice(
+        statistics_function(plan, match, wanted),
+        [*map(writer.of, read), *writer.states(match).values()],
+        label=f"{named} of {match.name}",
+        before=place,
+        match=match,
+        names={name: f"batch_{name}" for name in wanted},
+        key=alike and ("statistics", alike, wanted),
+    )
+    draft.batches.append((match, results, place.prev))
+    stages.detail("statistics", match.name, "%s behind %s", named, place.prev)
+    return results
+
+
+def _write_averages(draft: Draft, layers: Collection[str]) -> str:
+    """The statistics become new state, right behind where they are computed."""
+    plan, writer = draft.plan, draft.writer
+    if not plan.matched:
+        return "no layers"
+    draft.weight = writer.placeholder("weights", (len(plan.matched),), "share of this batch, per layer")
+    weights = _apart(draft, draft.weight)
+    scale = writer.of(plan.capture.inverse_scale)
+    for match, batch, last in draft.batches:
+        alike, states = signature(plan, match), writer.states(match)
+        results = writer.splice(
+            fold_function(plan, match, tuple(batch)),
+            [*batch.values(), *states.values(), scale, weights[match.key]],
+            label=f"new state of {match.name}",
+            before=last.next,
+            match=match,
+            names={name: f"new_{name}" for name in states},
+            key=alike and ("fold", alike, tuple(batch)),
+        )
+        draft.state |= {(state_owner(plan, match, name), name): node for name, node in results.items()}
+        stages.detail("averages", match.name, "new %s", ", ".join(results))
+    return f"{len(draft.state)} state tensors of {draft.writer.told(len(draft.batches))}"
+
+
+def _apart(draft: Draft, weights: Node) -> dict[str, Node]:
+    """Each layer's weight, by key."""
+    keys = [match.key for match in draft.plan.matched]
+
+    def run(tensor: Tensor) -> dict[str, Tensor]:
+        return dict(zip(keys, tensor.unbind(), strict=True))
+
+    names = {match.key: of_layer(match, "share") for match in draft.plan.matched}
+    return draft.writer.splice(run, [weights], label="share of this batch", before=weights.next, names=names)
+
+
+def _write_precondition(draft: Draft, layers: Collection[str]) -> str:
+    """Replace each matched gradient by its preconditioned direction, layer by layer."""
+    plan, writer = draft.plan, draft.writer
+    names = gradient_names(plan)
+    draft.raw = {name: writer.of(plan.capture.gradients[name]) for name in names}
+    for match in plan.matched:
+        own = {name: draft.raw[name] for name in (match.weight, match.bias) if name is not None}
         state = {
-            name: changed.get((state_owner(plan, match, name), name), node)
+            name: draft.state.get((state_owner(plan, match, name), name), node)
             for name, node in writer.states(match).items()
         }
         alike = signature(plan, match)
@@ -189,11 +213,51 @@ def _write_precondition(writer: GraphWriter, rates: Node, changed: Mapping[Key, 
             layer_function(plan, match, list(own), list(state)),
             [*own.values(), *state.values()],
             label=f"preconditioned gradient of {match.name}",
-            source=match.source,
+            match=match,
+            names={"gradient": "gradient", "direction": "direction"},
             key=alike and ("precondition", alike),
         )
-        matrices.append(result["gradient"])
-        directions.append(result["direction"])
+        draft.matrices.append(result["gradient"])
+        draft.directions.append(draft.distinct(result["direction"], match))
+        stages.detail("precondition", match.name, "%s", draft.directions[-1])
+    if plan.matched:
+        _write_back(draft, names)
+    return f"directions of {draft.writer.told(len(draft.directions))}"
+
+
+def _write_back(draft: Draft, names: Sequence[str]) -> None:
+    """Directions in the shapes of their parameters."""
+    plan, writer = draft.plan, draft.writer
+
+    def back(*tensors: Tensor) -> dict[str, Tensor]:
+        gradients = dict(zip(names, tensors, strict=False))
+        return from_matrices(plan, tensors[len(names) :], gradients)
+
+    last = writer.end.prev
+    draft.gradients |= writer.splice(
+        back,
+        [*draft.raw.values(), *draft.directions],
+        label="back to the parameters' shapes",
+        names={name: f"update_{identifier(name)}" for name in names},
+        key="back",
+    )
+    draft.back = tuple(_between(last, writer.end))
+
+
+def _between(first: Node, end: Node) -> Iterable[Node]:
+    """Nodes behind the first and before the end."""
+    node = first.next
+    while node is not end:
+        yield node
+        node = node.next
+
+
+def _write_lengths(draft: Draft, layers: Collection[str]) -> str:
+    """Bound or restore the length of all directions, before they take the parameters' shapes."""
+    plan, writer = draft.plan, draft.writer
+    if not plan.matched:
+        return "no layers"
+    draft.rates = writer.placeholder("learning_rates", (len(plan.matched),), "learning rate of each layer")
 
     def rescale(*tensors: Tensor) -> dict[str, Tensor]:
         half = len(tensors) // 2
@@ -201,18 +265,32 @@ def _write_precondition(writer: GraphWriter, rates: Node, changed: Mapping[Key, 
         scaled = plan.method.rescale(list(tensors[:half]), gradients, learning_rates=rates)
         return {match.key: direction for match, direction in zip(plan.matched, scaled, strict=True)}
 
-    label = f"length of the update by {plan.method.name}"
-    scaled = writer.splice(rescale, [*directions, *matrices, rates], label=label, key="rescale")
+    scaled = writer.splice(
+        rescale,
+        [*draft.directions, *draft.matrices, draft.rates],
+        label=f"length of the update by {plan.method.name}",
+        before=draft.back[0] if draft.back else None,
+        names={match.key: of_layer(match, "scaled") for match in plan.matched},
+        key="rescale",
+    )
+    draft.rescaled(dict(zip(draft.directions, scaled.values(), strict=True)))
+    changed = sum(a is not b for a, b in zip(draft.directions, scaled.values(), strict=True))
+    return f"{changed} of {len(scaled)} directions by {plan.method.name}"
 
-    def back(*tensors: Tensor) -> dict[str, Tensor]:
-        gradients = dict(zip(names, tensors, strict=False))
-        return from_matrices(plan, tensors[len(names) :], gradients)
 
-    arguments = [*read.values(), *scaled.values()]
-    return writer.splice(back, arguments, label="back to the parameters' shapes", key="back")
+def _clean(draft: Draft, layers: Collection[str]) -> str:
+    """Drop what nobody reads, and let views copy where strides differ."""
+    before = len(draft)
+    draft.finish()
+    return f"{before - len(draft)} nodes dropped, {len(draft.read)} state tensors are read"
 
 
-def _named(plan: Plan, match: LayerMatch, names: Sequence[str]) -> list[str]:
-    """The statistics with their sizes, where the state has a tensor of that name."""
-    state = initial_state(plan, match)
-    return [f"{n} {'x'.join(map(str, state[n].shape))}" if n in state else n for n in names]
+_Writing = Callable[[Draft, Collection[str]], str]
+_WRITING: Mapping[str, _Writing] = {
+    "guard": _write_guard,
+    "statistics": _write_statistics,
+    "averages": _write_averages,
+    "precondition": _write_precondition,
+    "lengths": _write_lengths,
+    "cleanup": _clean,
+}

@@ -28,10 +28,12 @@ def make_plan(
     sharing: Sharing,
     render: Callable[[Plan], str],
     rows: Mapping[str, tuple[int, int]],
+    without: frozenset[str] = frozenset(),
 ) -> Plan:
     """Decide for every match; layers that the method refuses or whose factors exceed its limit become skips.
 
-    rows: (rows, examples) of the batch that laid out a layer's state, by key, where there is one.
+    rows: (rows, examples) of the batch that laid out a layer's state, by key, where there is one. without:
+    passes that are switched off.
     """
     kept: list[LayerMatch] = []
     refused: dict[str, Skip] = {}
@@ -52,6 +54,7 @@ def make_plan(
         sharing=sharing,
         model_flops=_model_flops(capture),
         render=render,
+        without=without,
     )
     specs = [spec for m in matches.matched for spec in method.factors(m, dtype=state_dtype(plan, m))]
     return replace(plan, factors=tuple(specs))

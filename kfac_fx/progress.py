@@ -6,6 +6,7 @@ and the optimizer's state are the user's objects.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
@@ -13,12 +14,15 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.adaptive import quadratic_update
-from kfac_fx.contracts import Method, Plan
-from kfac_fx.curvature import Curvature, Snapshot
+from kfac_fx import host
+from kfac_fx.adaptive import Point, quadratic_update
+from kfac_fx.contracts import DampedMethod, Method, Plan
+from kfac_fx.curvature import Curvature, Rates, Snapshot
+from kfac_fx.errors import KfacFxError
 from kfac_fx.lower import execution
 from kfac_fx.pending import Pending
 from kfac_fx.schedule import check_staggered
+from kfac_fx.stages import runs
 
 
 @final
@@ -44,6 +48,8 @@ class Progress:
 
     def collecting(self, plan: Plan) -> frozenset[str]:
         """Layers of this plan whose statistics the next batch gives."""
+        if not runs("statistics", plan.without):
+            return frozenset()
         layers = frozenset(match.key for match in plan.matched)
         if self.curvature.empty:
             return layers
@@ -68,6 +74,44 @@ class Progress:
             self.curvature.refresh(self._method, self.curvature.late)
         else:
             self.curvature.refresh(self._method)
+
+    def directions(
+        self, point: Point | None, *, rates: Rates
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Gradients of the batches that wait, and what goes to the optimizer in their place.
+
+        Their statistics join the state, and inverses are refreshed when due. point: where the quadratic model
+        is expanded, for methods with one.
+        """
+        pending, refresh = self.pending, self.refresh_due
+        assert pending is not None, "an update has batches that wait"
+        plan, gradients = pending.plan, pending.gradients
+        if pending.statistics:
+            self.curvature.fold(plan, pending.statistics, pending.weight, finite=pending.finite)
+        if self.quadratic is not None and point is not None:
+            options = {"curvature": self.curvature, "refresh": refresh, "rates": rates, "step": self.steps}
+            delta = self.quadratic.update(plan, point, gradients, **options)
+            return gradients, {name: -tensor for name, tensor in delta.items()}
+        if refresh:
+            self.refresh()
+        if pending.finite is not None:
+            gradients = host.zeros_unless(pending.finite, gradients)
+        return gradients, gradients | self.curvature.preconditioned(plan, gradients, rates=rates)
+
+    @property
+    def damping(self) -> float:
+        """Lambda of the next step. Raises `KfacFxError` for a method without one of this kind."""
+        if self.quadratic is not None:
+            return self.quadratic.strength.damping
+        if not isinstance(self._method, DampedMethod):
+            raise KfacFxError(f"method {self._method.name!r} has no damping of this kind: read step.method.")
+        return self._method.damping
+
+    @property
+    def gamma(self) -> float | None:
+        """Gamma of the factored damping of the next step, where the method adapts it apart from lambda."""
+        squared = None if self.quadratic is None else self.quadratic.strength.gamma_squared
+        return None if squared is None else math.sqrt(squared)
 
     def begin(self) -> None:
         """Before the first program of a step: the staggered refresh of its slot, from earlier statistics."""

@@ -7,7 +7,6 @@ Nothing changes unless all succeeds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -20,14 +19,16 @@ from kfac_fx.adaptive import Point
 from kfac_fx.batch import Batch
 from kfac_fx.captures import Captures
 from kfac_fx.compiled import Compiled, Graphs, Outputs
-from kfac_fx.contracts import DampedMethod, Method, Plan
+from kfac_fx.contracts import Method, Plan
 from kfac_fx.errors import KfacFxError
 from kfac_fx.instrument import Variant
+from kfac_fx.live import Journal, StepReport, journaled, observe
 from kfac_fx.lower import execution, resolve_backend
 from kfac_fx.optimizer import OptimizerLink
 from kfac_fx.pending import Pending
 from kfac_fx.progress import Progress
 from kfac_fx.schedule import Refresh
+from kfac_fx.stages import runs
 from kfac_fx.trace import trace
 from kfac_fx.types import Fisher, LossFn, Sharing
 from kfac_fx.watch import Watch
@@ -50,6 +51,7 @@ class TrainStep:
         backend: str,
         strict: bool,
         refresh: Refresh = "together",
+        without: frozenset[str] = frozenset(),
     ) -> None:
         self.model = model
         self.loss_fn = loss_fn
@@ -63,15 +65,31 @@ class TrainStep:
         runs_behind = host.waits(guards.model_device(model))
         self._watch = Watch(deferred=runs_behind and not modelled and not method.growing_names)
         self._link = OptimizerLink(model, self.optimizer, whole=modelled)
-        self._options = {"fisher": fisher, "sharing": sharing, "exclude": exclude, "strict": strict}
+        self._options = {
+            "fisher": fisher,
+            "sharing": sharing,
+            "exclude": exclude,
+            "strict": strict,
+            "without": without,
+        }
+        lowered = resolve_backend(backend, guards.model_device(model))
         self._captures = Captures(
             model,
             self._curvature,
             tracer=self._trace,
-            backend=resolve_backend(backend, guards.model_device(model)),
+            backend=lowered if runs("lower", without) else "eager",
             modelled=modelled,
         )
+        self._journal = Journal(self._progress, self._captures, device=guards.model_device(model))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be copied or pickled: a step belongs to its model and optimizer."""
+        raise KfacFxError(
+            "a step cannot be copied or pickled: copy the model, compile the copy, and give it a copy of "
+            "state_dict() by load_state_dict()."
+        )
+
+    @journaled
     def __call__(self, inputs: Any, targets: Any = None) -> Tensor:
         """One full training step. Returns the loss before the update: a detached 0-dim tensor.
 
@@ -88,7 +106,7 @@ class TrainStep:
             self._progress.begin()
             if self._quadratic is not None or self._progress.refresh_due:
                 loss = self._collect(compiled, batch)
-                self._finish(self._point(compiled, batch, buffers))
+                self._finish(compiled.point(self.model, batch, buffers))
                 return loss
             outputs = self._run("statistics", "plain", compiled, batch)
             if outputs.state:
@@ -97,6 +115,7 @@ class TrainStep:
             self._progress.finished()
         return outputs.loss
 
+    @journaled
     def accumulate(self, inputs: Any, targets: Any = None) -> Tensor:
         """Gradients and, when due, statistics of one batch, without an update. Returns its loss.
 
@@ -123,6 +142,7 @@ class TrainStep:
             self._progress.pending = new if waiting is None else waiting.joined(new)
         return outputs.loss
 
+    @journaled
     def update(self) -> None:
         """One update for all that was accumulated: statistics, refresh when due, precondition, optimizer."""
         if self._progress.pending is None:
@@ -138,40 +158,16 @@ class TrainStep:
         assert pending is not None
         undone = self._progress.rolled_back_on_error(self._captures.changing_buffers)
         with undone, execution(), host.reading(quadratic is not None):
-            refresh, rates = self._progress.refresh_due, self._link.learning_rates
-            if pending.statistics:
-                self._curvature.fold(pending.plan, pending.statistics, pending.weight, finite=pending.finite)
-            if quadratic is None or point is None:
-                if refresh:
-                    self._progress.refresh()
-                gradients = pending.gradients
-                if pending.finite is not None:
-                    gradients = host.zeros_unless(pending.finite, gradients)
-                gradients = gradients | self._curvature.preconditioned(pending.plan, gradients, rates=rates)
-            else:
-                delta = quadratic.update(
-                    pending.plan,
-                    point,
-                    pending.gradients,
-                    curvature=self._curvature,
-                    refresh=refresh,
-                    rates=rates,
-                    step=self._progress.steps,
-                )
-                gradients = {name: -tensor for name, tensor in delta.items()}
+            rates, refreshes = self._link.learning_rates, self._progress.refresh_due
+            plain, gradients = self._progress.directions(point, rates=rates)
+            if refreshes and quadratic is None:
+                self._journal.measure(pending.plan, plain, gradients, rates(pending.plan))
             self._link.apply(gradients)
             self._progress.finished()
 
     def discard(self) -> None:
         """Forget the batches that were accumulated and not yet applied."""
         self._progress.discard()
-
-    def _point(self, compiled: Compiled, batch: Batch, old: Mapping[str, Tensor]) -> Point | None:
-        """The parameters, and the buffers as they were before this step's forward."""
-        if compiled.forward is None:
-            return None
-        buffers = [old.get(name, buffer) for name, buffer in self.model.named_buffers()]
-        return Point(forward=compiled.forward, tensors=(*self.model.parameters(), *buffers, *batch.tensors))
 
     @property
     def plan(self) -> Plan:
@@ -197,17 +193,12 @@ class TrainStep:
     @property
     def damping(self) -> float:
         """Lambda of the next step; it changes where the method adapts it."""
-        if self._quadratic is not None:
-            return self._quadratic.strength.damping
-        if not isinstance(self.method, DampedMethod):
-            raise KfacFxError(f"method {self.method.name!r} has no damping of this kind: read step.method.")
-        return self.method.damping
+        return self._progress.damping
 
     @property
     def gamma(self) -> float | None:
         """Gamma of the factored damping of the next step, where the method adapts it apart from lambda."""
-        squared = None if self._quadratic is None else self._quadratic.strength.gamma_squared
-        return None if squared is None else math.sqrt(squared)
+        return self._progress.gamma
 
     @property
     def reduction_ratio(self) -> float | None:
@@ -215,6 +206,15 @@ class TrainStep:
         predicted; None before the first. Negative: the loss rose; the update stands and the damping grows.
         """
         return None if self._quadratic is None else self._quadratic.strength.ratio
+
+    def report(self, *, layers: str = "*", max_dim: int = 1024) -> StepReport:
+        """How training goes, as a record that prints; waits for the device, and changes nothing.
+
+        layers: pattern (fnmatch) of those whose factors are looked at. max_dim: of larger factors no
+        eigenvalues are computed, which cost d^3. Raises `UnknownNameError` if no layer fits.
+        """
+        notes = self._captures, self._progress, self._journal
+        return observe(self.method, *notes, layers=layers, max_dim=max_dim)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers alone: loads with `torch.load(..., weights_only=True)`; resuming is
@@ -238,6 +238,7 @@ class TrainStep:
             self._captures.forget()
         self.optimizer.load_state_dict(state["optimizer"])
         self._watch.forget()
+        self._journal.forget()
 
     def _trace(self, batch: Batch) -> Plan:
         self._link.check()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 from torch import nn
 
+from kfac_fx import forms, stages
 from kfac_fx.batch import Batch
 from kfac_fx.capture import capture
 from kfac_fx.contracts import Method, Plan
@@ -14,7 +16,8 @@ from kfac_fx.errors import CaptureError
 from kfac_fx.match import match
 from kfac_fx.plan import check_strict, make_plan
 from kfac_fx.report import render
-from kfac_fx.types import Fisher, LossFn, Sharing
+from kfac_fx.traced import Capture
+from kfac_fx.types import Fisher, LossFn, Matches, Sharing
 
 
 def trace(
@@ -28,25 +31,58 @@ def trace(
     exclude: tuple[str, ...],
     strict: bool,
     rows: Mapping[str, tuple[int, int]] | None = None,
+    without: frozenset[str] = frozenset(),
 ) -> Plan:
     """The plan for batches of these shapes.
 
-    rows: (rows, examples) of the batch that laid out the state of a layer, by key, where there is one. With
-    `strict`, raises `UnsupportedModelError` if anything is skipped.
+    rows: (rows, examples) of the batch that laid out the state of a layer, by key, where there is one.
+    without: passes that are switched off. With `strict`, raises `UnsupportedModelError` if anything is
+    skipped.
     """
-    captured = capture(model, loss_fn, batch, fisher=fisher)
+    captured = _capture(model, loss_fn, batch, fisher)
 
     def excluded(name: str) -> bool:
         parameter = captured.parameter(name)
         return any(fnmatch.fnmatch(n, p) for p in exclude for n in (name, *parameter.aliases))
 
     try:
-        matches = match(captured, exclude=excluded)
-        plan = make_plan(
-            captured, matches, method, fisher=fisher, sharing=sharing, render=render, rows=rows or {}
-        )
+        matches = _match(captured, excluded, without)
+        with stages.running("plan", captured.graph.graph.nodes) as running:
+            plan = make_plan(
+                captured,
+                matches,
+                method,
+                fisher=fisher,
+                sharing=sharing,
+                render=render,
+                rows=rows or {},
+                without=without,
+            )
+            running.did = f"{len(plan.matched)} layers by {method.name}, {_mebibytes(plan)} of state"
     except CaptureError as error:
         raise CaptureError(f"{captured.model_name} cannot be captured as one graph: {error}") from error
     if strict:
         check_strict(plan)
     return plan
+
+
+def _capture(model: nn.Module, loss_fn: LossFn | None, batch: Batch, fisher: Fisher) -> Capture:
+    with stages.running("capture") as running:
+        captured = capture(model, loss_fn, batch, fisher=fisher)
+        running.nodes = captured.graph.graph.nodes
+        backwards = f"{len(captured.passes)} backward passes" if len(captured.passes) > 1 else "backward"
+        running.did = f"forward, loss and {backwards} of {captured.model_name}, fisher {fisher}"
+    return captured
+
+
+def _match(captured: Capture, excluded: Callable[[str], bool], without: frozenset[str]) -> Matches:
+    with stages.running("match", captured.graph.graph.nodes) as running, ExitStack() as stack:
+        if not stages.runs("forms", without):
+            stack.enter_context(forms.patches_only())
+        matches = match(captured, exclude=excluded)
+        running.did = f"{len(matches.matched)} layers matched, {len(matches.skipped)} parameters skipped"
+    return matches
+
+
+def _mebibytes(plan: Plan) -> str:
+    return f"{sum(factor.bytes for factor in plan.factors) / 2**20:.1f} MiB"

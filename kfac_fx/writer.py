@@ -17,9 +17,21 @@ from kfac_fx import graph as fxgraph
 from kfac_fx.canonical import initial_state, state_owner
 from kfac_fx.contracts import Plan
 from kfac_fx.splice import splice
-from kfac_fx.types import LayerMatch, Source
+from kfac_fx.stages import runs
+from kfac_fx.types import LayerMatch
 
 Key = tuple[str, str]
+
+
+def identifier(name: str) -> str:
+    """A name of a parameter or layer as one of Python's."""
+    return "".join(c if c.isalnum() else "_" for c in name).strip("_")
+
+
+def of_layer(match: LayerMatch, what: str) -> str:
+    """A name for something of a layer."""
+    clean = identifier(match.name)
+    return f"layer_{clean}_{what}" if clean[:1].isdigit() else f"{clean}_{what}"
 
 
 @final
@@ -37,7 +49,11 @@ class GraphWriter:
         self._order = {node: i for i, node in enumerate(plan.capture.graph.graph.nodes)}
         self._last_placeholder = self.module.graph.find_nodes(op="placeholder")[-1]
         self._states: dict[Key, Node] = {}
-        self._label_matches()
+        self._stage, self._num_traced = "", 0
+        behind = False
+        for captured, copy in self._copies.items():
+            behind = behind or captured in plan.capture.backward
+            copy.meta["kfac_fx_backward"] = behind
 
     def of(self, captured: Node) -> Node:
         """The copy of a captured node."""
@@ -65,8 +81,8 @@ class GraphWriter:
                 owner = state_owner(self.plan, match, name)
                 if (owner, name) in self._states:
                     continue
-                clean = "".join(c if c.isalnum() else "_" for c in f"{owner}_{name}")
                 sizes = self._sizes.get((owner, name), tensor.shape)
+                clean = identifier(f"{owner}_{name}")
                 node = self.placeholder(f"s_{clean}", sizes, f"{name} of {owner}", tensor.dtype)
                 self._states[owner, name] = node
 
@@ -75,31 +91,53 @@ class GraphWriter:
         names = initial_state(self.plan, match)
         return {name: self._states[state_owner(self.plan, match, name), name] for name in names}
 
+    def begin(self, stage: str) -> None:
+        """What is written from now on is written by this pass."""
+        self._stage, self._num_traced = stage, 0
+
+    def state_nodes(self) -> list[Node]:
+        """The placeholders of the state."""
+        return list(self._states.values())
+
     def splice(
         self,
         function: Callable[..., Mapping[str, Tensor]],
         arguments: Sequence[Node],
         *,
         label: str,
+        names: Mapping[str, str],
         before: Node | None = None,
-        source: Source | None = None,
+        match: LayerMatch | None = None,
         key: Hashable = None,
     ) -> dict[str, Node]:
         """Write what a function computes from nodes of the copy; before the end, if not said otherwise.
 
-        key: equal for functions that compute the same; equal layers, and the variants of one capture, are
-        traced once.
+        names: of the nodes of its results; behind that of the layer `match`, if it is of one. key: equal for
+        functions that compute the same; equal layers, and the variants of one capture, are traced once.
         """
-        return splice(
+        known = self.plan.capture.graph.meta.setdefault("kfac_fx_traced", {})
+        before_it = len(known)
+        results = splice(
             self.module,
             function,
             arguments,
             before=self.end if before is None else before,
             label=f"inserted, {label}",
-            source=source,
-            key=key,
-            known=self.plan.capture.graph.meta.setdefault("kfac_fx_traced", {}),
+            source=None if match is None else match.source,
+            key=key if runs("equal-layers", self.plan.without) else None,
+            known=known,
+            notes={"kfac_fx_pass": self._stage, "kfac_fx_layer": "" if match is None else match.name},
         )
+        self._num_traced += len(known) > before_it or not runs("equal-layers", self.plan.without)
+        new = {node: name for name, node in reversed(results.items()) if node not in arguments}
+        for node, name in new.items():
+            node._rename(names[name] if match is None else of_layer(match, names[name]))
+        return results
+
+    def told(self, num_layers: int) -> str:
+        """How many layers a pass has served, and how many of them it had to trace."""
+        alike = num_layers - self._num_traced
+        return f"{num_layers} layers" + (f", {alike} of them traced before" if alike > 0 else "")
 
     def after(self, captured: Sequence[Node]) -> Node:
         """The node before which code that reads these captured nodes can stand."""
@@ -132,7 +170,8 @@ class GraphWriter:
             seen_end = seen_end or node is last
         return frozenset(keep)
 
-    def _label_matches(self) -> None:
+    def label_matches(self) -> None:
+        """Say on each node that was matched what it is."""
         for match in self.plan.matched:
             for use in match.uses:
                 for node, label in (

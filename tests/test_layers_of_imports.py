@@ -14,28 +14,43 @@ PACKAGE = "kfac_fx"
 
 # Lowest first. Rooms of one row never import each other.
 LAYERS = (
-    ("errors", "layout", "host"),
-    ("types",),
+    ("errors", "layout", "host", "precision"),
+    ("types", "stages"),
     ("traced",),
     ("contracts", "graph", "linalg", "gram", "loss", "forms"),
-    ("walk", "splice", "canonical", "batch", "hessian", "rows", "lags", "newton", "woodbury", "spectrum"),
-    ("autocorrelation", "schedule", "outcomes", "watch"),
+    ("walk", "traces", "canonical", "batch", "hessian", "rows", "lags", "newton", "woodbury", "spectrum"),
+    ("autocorrelation", "splice", "schedule", "outcomes", "watch"),
     ("passes", "layers", "methods"),
     ("record", "assemble"),
     ("capture", "match"),
-    ("plan", "functions", "forward", "writer"),
-    ("trace", "instrument", "curvature", "guards", "quadratic", "levenberg"),
-    ("lower", "check", "pending", "adaptive", "optimizer"),
+    ("plan", "functions", "forward", "writer", "places"),
+    ("trace", "draft", "curvature", "guards", "quadratic", "levenberg"),
+    ("instrument", "lower", "check", "pending", "adaptive", "optimizer"),
     ("compiled", "progress"),
     ("captures",),
+    ("live",),
     ("step",),
     ("__init__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
 # Side rooms: the highest layer they may read, and the rooms that may read them.
-SIDE = {"report": "plan", "target": "types", "bench": "__init__", "export": "__init__"}
-SIDE_READERS = {"report": {"trace", "bench", "export"}, "target": {"export"}, "bench": set(), "export": set()}
+SIDE = {
+    "report": "plan",
+    "target": "types",
+    "bench": "__init__",
+    "export": "__init__",
+    "spectra": "__init__",
+    "verification": "step",
+}
+SIDE_READERS = {
+    "report": {"trace", "bench", "export", "live", "verification"},
+    "target": {"export", "spectra"},
+    "bench": set(),
+    "export": set(),
+    "spectra": set(),
+    "verification": set(),
+}
 
 READS_TORCH_INTERNALS = {"capture", "graph", "lower"}
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -1,6 +1,6 @@
 """The reports of a plan agree with each other, with the plan and with the saved text.
 
-`python tests/test_report.py --overwrite` saves the text anew after a change that is meant.
+`python tests/test_report.py --overwrite` saves text and JSON anew after a change that is meant.
 """
 
 import ast
@@ -21,23 +21,40 @@ from kfac_fx import report
 from kfac_fx.contracts import Plan
 from kfac_fx.errors import Reason, UnknownNameError
 from kfac_fx.instrument import instrument
-from kfac_fx.report import rows, table, text
+from kfac_fx.report import cells, rows, table, text
+from kfac_fx.report.lines import plain_text
 from kfac_fx.report.program import WIDTH, wrapped
 from kfac_fx.target import load_target
 from kfac_fx.types import LayerMatch
 
 GOLDEN = Path(__file__).parent / "golden"
+WIDTHS = (80, 100, 120, 200)
+NARROW = 120
 COSTS = {"state": "bytes", "stats": "flops_statistics", "invert": "flops_refresh", "apply": "flops_apply"}
 
 
-def make_plan(factory: str = "build") -> Plan:
-    target = load_target(f"{GOLDEN / 'tiny_gpt.py'}:{factory}")
+def make_plan(name: str = "tiny_gpt") -> Plan:
+    target = load_target(str(GOLDEN / f"{name}.py"))
     return kfac_fx.inspect(target.model, target.loss_fn, target.inputs, target.targets, method="kfac")
 
 
 def stable(rendered: str) -> str:
     """Without the number of nodes, which is torch's own affair."""
     return re.sub(r"[\d,]+ nodes captured", "N nodes captured", rendered) + "\n"
+
+
+def stable_json(plan: Plan) -> str:
+    """The document without versions and without the names of nodes, which are torch's."""
+    document = report.document(plan)
+    del document["versions"], document["environment"], document["totals"]["nodes"]
+    for layer in document["layers"]:
+        layer["uses"] = len(layer["uses"])
+    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+
+def narrow(plan: Plan) -> str:
+    """As a terminal of `NARROW` characters shows it, advice included."""
+    return stable(shown(plan, width=NARROW, terminal=True, skipped=True).rstrip("\n"))
 
 
 def shown(plan: Plan, *, width: int = 200, terminal: bool = False, **options: Any) -> str:
@@ -48,21 +65,30 @@ def shown(plan: Plan, *, width: int = 200, terminal: bool = False, **options: An
 
 
 def parsed_rows(rendered: str) -> list[dict[str, str]]:
-    """The lines of the table as dicts by column, the last with the columns of the totals only."""
+    """The lines of the table as dicts by column: a column is where no line has anything but blanks around."""
     lines = rendered.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("layer "))
-    found = []
-    for line in lines[start + 1 :]:
-        values = re.split(r"\s{2,}", line)
-        if line.startswith("total"):
-            return [*found, dict(zip(("layer", "x", *COSTS), values, strict=True))]
-        found.append(dict(zip(text.COLUMNS, values, strict=False)))
-    raise AssertionError("the table has no totals")
+    stop = next(i for i, line in enumerate(lines) if line.startswith("total "))
+    table_lines = [line.ljust(max(map(len, lines))) for line in lines[start : stop + 1]]
+    before_source = table_lines[0].find("source") if "source" in table_lines[0] else len(table_lines[0])
+    blank = [all(line[i] == " " for line in table_lines) for i in range(before_source)]
+    marks = "".join(" " if is_blank else "x" for is_blank in blank)
+    spans = [found.span() for found in re.finditer(r"x+( x+)*", marks)]
+    names = [table_lines[0][first:last].strip() for first, last in spans]
+    return [
+        {name: line[first:last].strip() for name, (first, last) in zip(names, spans, strict=True)}
+        for line in table_lines[1:]
+    ]
 
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return make_plan()
+
+
+@pytest.fixture(scope="module")
+def others() -> dict[str, Plan]:
+    return {name: make_plan(name) for name in ("tiny_resnet", "tiny_moe")}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +117,48 @@ def test_the_text_is_the_saved_one(plan: Plan) -> None:
     assert stable(report.render(plan)) == (GOLDEN / "tiny_gpt.txt").read_text()
 
 
+def test_the_document_is_the_saved_one(plan: Plan) -> None:
+    assert stable_json(plan) == (GOLDEN / "tiny_gpt.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["tiny_resnet", "tiny_moe"])
+def test_a_terminal_shows_the_saved_text(name: str, others: dict[str, Plan]) -> None:
+    assert narrow(others[name]) == (GOLDEN / f"{name}.txt").read_text()
+
+
+def test_norms_of_several_widths_share_a_row(others: dict[str, Plan]) -> None:
+    found = {row["layer"]: row for row in parsed_rows(report.render(others["tiny_resnet"]))}
+    assert found["stages.[0-1].[0-2].norm1"]["x"] == "6"
+    assert found["stages.[0-1].[0-2].norm1"]["G"] == "F 4-8x2^2"
+
+
+def test_experts_in_blocks_share_a_row(others: dict[str, Plan]) -> None:
+    found = {row["layer"]: row for row in parsed_rows(report.render(others["tiny_moe"]))}
+    assert found["blocks.[0-3].experts.[0-2].up"]["x"] == "12"
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ["tiny_gpt", "tiny_resnet", "tiny_moe"])
+def test_nothing_is_wider_than_the_terminal(
+    name: str, width: int, plan: Plan, others: dict[str, Plan]
+) -> None:
+    subject = others.get(name, plan)
+    for options in ({}, {"skipped": True}, {"layer": "*"}):
+        lines = shown(subject, width=width, terminal=True, **options).splitlines()
+        assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("name", ["tiny_gpt", "tiny_resnet", "tiny_moe"])
+def test_one_screen_of_120_columns_says_everything(name: str, plan: Plan, others: dict[str, Plan]) -> None:
+    subject = others.get(name, plan)
+    screen = shown(subject, width=120, terminal=True)
+    assert len(screen.splitlines()) <= 40
+    assert "matched" in screen and "per step" in screen and "memory" in screen
+    for skip in subject.skipped:
+        assert skip.reason.value in screen and skip.detail[:40] in " ".join(screen.split())
+
+
 def test_printing_a_plan_is_the_report(plan: Plan) -> None:
     assert str(plan) == report.render(plan)
 
@@ -115,12 +183,15 @@ def test_repeated_layers_share_a_row(plan: Plan) -> None:
         (["a.0", "a.1", "a.2", "a.5"], ["a.[0-2,5]"]),
         (["a.9", "a.10"], ["a.[9-10]"]),
         (["a.0.w", "a.1.w", "b.2.w"], ["a.[0-1].w", "b.2.w"]),
-        (["a.0.0", "a.0.1", "a.1.0", "a.1.1"], ["a.0.[0-1]", "a.1.[0-1]"]),
+        (["a.0.0", "a.0.1", "a.1.0", "a.1.1"], ["a.[0-1].[0-1]"]),
+        (["a.0.b.0", "a.1.b.0", "a.1.b.1", "a.2.b.0", "a.2.b.1"], ["a.0.b.0", "a.[1-2].b.[0-1]"]),
         (["a1", "a2"], ["a1", "a2"]),
         (["a.0", "a.1.0"], ["a.0", "a.1.0"]),
     ],
 )
-def test_only_one_integer_of_the_path_collapses(plan: Plan, names: list[str], expected: list[str]) -> None:
+def test_layers_collapse_where_all_combinations_of_integers_exist(
+    plan: Plan, names: list[str], expected: list[str]
+) -> None:
     assert labels(renamed(plan, names)) == expected
 
 
@@ -179,10 +250,10 @@ def test_the_numbers_of_the_text_are_those_of_the_document(plan: Plan, document:
     by_name = {layer["name"]: layer for layer in document["layers"]}
     for row in layers:
         layer = by_name[re.sub(r"\[(\d+)[^\]]*\]", r"\1", row["layer"])]
-        assert row["rows"] == str(layer["rows"]) and row["uses"] == str(len(layer["uses"]))
+        assert row["rows"] == str(layer["rows"])
         for column, cost in COSTS.items():
             form = text.bytes_text if column == "state" else text.flops_text
-            assert row[column] == form(layer["cost"][cost])
+            assert row[column] == form(layer["cost"][cost] * int(row["x"]))
     for column, cost in COSTS.items():
         form = text.bytes_text if column == "state" else text.flops_text
         assert total[column] == form(document["totals"]["cost"][cost])
@@ -216,13 +287,15 @@ def test_the_cost_line_adds_up(plan: Plan, document: dict[str, Any]) -> None:
     assert overhead["total"] == pytest.approx(sum(overhead[p] for p in ("apply", "statistics", "inversion")))
     every, model = plan.method.inverse_every, document["totals"]["flops_model"]
     assert overhead["inversion"] == pytest.approx(cost["flops_refresh"] / every / model)
-    line = report.render(plan).splitlines()[-1]
+    line, memory = report.render(plan).splitlines()[-2:]
     assert line.startswith(f"per step  model {text.flops_text(model)}   apply")
-    assert f"every {every}" in line and line.endswith(f"total +{overhead['total']:.0%}")
+    assert f"every {every}" in line and line.endswith(f"total +{overhead['total']:.0%} FLOPs")
+    elements = sum(parameter.numel for parameter in plan.capture.parameters)
+    assert f"{cost['bytes'] / (4 * elements):.1f} times the parameters" in memory
 
 
 def test_a_model_without_counted_work_has_no_percentages(plan: Plan) -> None:
-    line = report.render(dataclasses.replace(plan, model_flops=0)).splitlines()[-1]
+    line = report.render(dataclasses.replace(plan, model_flops=0)).splitlines()[-2]
     assert "%" not in line and line.startswith("per step  model 0")
 
 
@@ -257,7 +330,7 @@ def test_skips_that_differ_in_numbers_share_a_line(plan: Plan) -> None:
         for j in range(2)
     ]
     only = dataclasses.replace(skip, parameter="blocks.1.other", reason=Reason.NO_PATTERN, detail="x")
-    lines = text.skip_lines([*many, only], advice=False)
+    lines = plain_text(text.skip_lines([*many, only], advice=False)).splitlines()
     assert [line.split()[:2] for line in lines] == [
         ["blocks.*.norm*.scale", "x4"],
         ["blocks.1.other", "no-pattern"],
@@ -283,16 +356,16 @@ def test_a_pattern_that_fits_nothing_gets_a_proposal(plan: Plan) -> None:
 
 
 def test_columns_are_cut_in_order(plan: Plan) -> None:
-    cells = text.layer_cells(plan, rows.forward_order(plan), collapse=True)
-    natural = text.natural_widths(cells)
+    table_cells = cells.layer_cells(plan, rows.forward_order(plan), collapse=True)
+    natural = cells.fitting_columns(table_cells, width=None)
     full = sum(natural.values()) + len(text.GAP) * (len(natural) - 1)
     dropped = []
     for width in range(full, 0, -1):
-        fits = table.fitting_columns(cells, width=width)
+        fits = cells.fitting_columns(table_cells, width=width)
         dropped += [name for name in natural if name not in fits and name not in dropped]
-        if set(dropped) != {"source", "apply", "invert"}:
+        if width >= 50:
             assert sum(fits.values()) + len(text.GAP) * (len(fits) - 1) <= width
-    assert dropped == ["source", "apply", "invert"]
+    assert dropped[:3] == ["source", "apply", "invert"]
 
 
 def test_a_narrow_terminal_gets_whole_lines(plan: Plan) -> None:
@@ -378,4 +451,8 @@ def test_a_line_without_a_bracket_stays_whole() -> None:
 
 
 if __name__ == "__main__" and "--overwrite" in sys.argv:
-    (GOLDEN / "tiny_gpt.txt").write_text(stable(report.render(make_plan())))
+    saved = make_plan()
+    (GOLDEN / "tiny_gpt.txt").write_text(stable(report.render(saved)))
+    (GOLDEN / "tiny_gpt.json").write_text(stable_json(saved))
+    for other in ("tiny_resnet", "tiny_moe"):
+        (GOLDEN / f"{other}.txt").write_text(narrow(make_plan(other)))

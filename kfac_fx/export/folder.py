@@ -11,9 +11,11 @@ from pathlib import Path
 
 from kfac_fx.contracts import Plan
 from kfac_fx.errors import KfacFxError
-from kfac_fx.instrument import instrument
+from kfac_fx.export.environment import environment
+from kfac_fx.export.page import pages
+from kfac_fx.export.passes import passes
+from kfac_fx.export.train_step import train_step
 from kfac_fx.report.document import to_json
-from kfac_fx.report.program import readable
 from kfac_fx.report.text import render
 from kfac_fx.target import Target
 
@@ -25,21 +27,7 @@ def reports(plan: Plan, target: Target) -> Contents:
     return {"summary.txt": render(plan) + "\n", "report.json": to_json(plan) + "\n"}
 
 
-def programs(plan: Plan, target: Target) -> Contents:
-    """The captured step, and what it is rewritten to."""
-    modules = {
-        "captured": plan.capture.graph,
-        "plain": instrument(plan, "plain").module,
-        "statistics": instrument(plan, "statistics").module,
-    }
-    about = f"(method {plan.method.name}, fisher {plan.fisher})"
-    return {
-        f"{name}.py": readable(module, title=f"{plan.capture.model_name}: {name} {about}")
-        for name, module in modules.items()
-    }
-
-
-PARTS: tuple[Callable[[Plan, Target], Contents], ...] = (reports, programs)
+PARTS: tuple[Callable[[Plan, Target], Contents], ...] = (reports, environment, pages, passes, train_step)
 
 
 def save(plan: Plan, target: Target, folder: Path) -> tuple[Path, ...]:

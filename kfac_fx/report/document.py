@@ -1,7 +1,7 @@
 """The report of a `Plan` as a JSON document, schema `kfac_fx.report/1`.
 
 Enters: a plan. Leaves: dicts, lists, strings and numbers only, keys sorted, no path of the user's machine, so
-that two reports can be compared line by line.
+that two reports can be compared line by line. `report.schema.json` in this folder describes every field.
 """
 
 from __future__ import annotations
@@ -10,30 +10,48 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-from collections.abc import Mapping
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from kfac_fx.contracts import Method, Plan
-from kfac_fx.report.rows import Cost, Totals, cost_of, forward_order, totals
+from kfac_fx.report.rows import (
+    Cost,
+    LayerRow,
+    Totals,
+    cost_of,
+    estimated_ns,
+    factors_by_layer,
+    forward_order,
+    gram_form,
+    layer_rows,
+    totals,
+)
 from kfac_fx.types import FactorSpec, LayerMatch, Skip, Source, Use
 
 SCHEMA = "kfac_fx.report/1"
+SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
 
 def document(plan: Plan) -> dict[str, Any]:
-    """Everything the report knows, exact numbers. Layers are in forward order and not collapsed."""
+    """Everything the report knows, exact numbers. `layers` are in forward order; `rows` collapse them."""
+    layers, owned = forward_order(plan), factors_by_layer(plan)
     content = {
         "schema": SCHEMA,
-        "versions": {"torch": torch.__version__, "kfac_fx": _version()},
+        "versions": {"torch": torch.__version__, "kfac_fx": version()},
+        "environment": {"python": platform.python_version(), "device": device_type(plan)},
         "model": plan.capture.model_name,
-        "method": {"name": plan.method.name, "hyperparameters": _hyperparameters(plan.method)},
+        "method": {"name": plan.method.name, "hyperparameters": hyperparameters(plan.method)},
+        "without": sorted(plan.without),
         "fisher": plan.fisher,
         "sharing": plan.sharing,
         "loss": dataclasses.asdict(plan.capture.loss_info),
         "totals": _totals(totals(plan), plan.coverage),
-        "layers": [_layer(match, plan) for match in forward_order(plan)],
+        "layers": [_layer(match, owned[match.key]) for match in layers],
+        "rows": [_row(row) for row in layer_rows(plan, layers, collapse=True)],
         "skips": [_skip(skip) for skip in plan.skipped],
     }
     return json.loads(json.dumps(content, sort_keys=True, default=str))
@@ -44,14 +62,22 @@ def to_json(plan: Plan) -> str:
     return json.dumps(document(plan), indent=2, sort_keys=True)
 
 
-def _version() -> str:
+def version() -> str:
+    """The installed version of kfac_fx, "source" when it is not installed."""
     try:
         return importlib.metadata.version("kfac_fx")
     except importlib.metadata.PackageNotFoundError:
         return "source"
 
 
-def _hyperparameters(method: Method) -> dict[str, Any]:
+def device_type(plan: Plan) -> str:
+    """Type of the device that the model's parameters are on, as torch names it; "none" without parameters."""
+    devices = {parameter.node.meta["val"].device.type for parameter in plan.capture.parameters}
+    return ",".join(sorted(devices)) or "none"
+
+
+def hyperparameters(method: Method) -> dict[str, Any]:
+    """All settings of the method, as JSON has them."""
     assert dataclasses.is_dataclass(method) and not isinstance(method, type), "a method is a dataclass"
     return plain(dataclasses.asdict(method))
 
@@ -72,7 +98,12 @@ def _totals(sums: Totals, coverage: float) -> dict[str, Any]:
         "layers": sums.layers,
         "nodes": sums.nodes,
         "coverage": coverage,
-        "parameters": {"trainable": sums.trainable, "matched": sums.matched, "skipped": sums.skipped},
+        "parameters": {
+            "trainable": sums.trainable,
+            "matched": sums.matched,
+            "skipped": sums.skipped,
+            "bytes": sums.parameter_bytes,
+        },
         "tensors": {"skipped": sums.skipped_tensors, "frozen": sums.frozen_tensors},
         "cost": _cost(sums.cost),
         "flops_model": sums.model_flops,
@@ -89,8 +120,7 @@ def _cost(cost: Cost) -> dict[str, int]:
     }
 
 
-def _layer(match: LayerMatch, plan: Plan) -> dict[str, Any]:
-    factors = [factor for factor in plan.factors if factor.owner == match.key]
+def _layer(match: LayerMatch, factors: Sequence[FactorSpec]) -> dict[str, Any]:
     return {
         "name": match.name,
         "key": match.key,
@@ -103,11 +133,23 @@ def _layer(match: LayerMatch, plan: Plan) -> dict[str, Any]:
         "d_in": match.d_in,
         "d_out": match.d_out,
         "rows": match.rows,
+        "examples": match.examples,
         "numel": match.numel,
         "uses": [_use(use) for use in match.uses],
         "source": _source(match.source),
         "cost": _cost(cost_of(factors)),
-        "factors": [_factor(factor) for factor in factors],
+        "factors": [_factor(factor, match) for factor in factors],
+    }
+
+
+def _row(row: LayerRow) -> dict[str, Any]:
+    """A row of the printed table, with the cost of all its layers."""
+    return {
+        "label": row.label,
+        "count": row.count,
+        "kind": row.first.kind,
+        "layers": [match.key for match in row.members],
+        "cost": _cost(row.total),
     }
 
 
@@ -116,7 +158,7 @@ def _use(use: Use) -> dict[str, Any]:
     return {"a": use.a.name if use.a else None, "g": [node.name for node in use.g], "grad": use.grad.name}
 
 
-def _factor(factor: FactorSpec) -> dict[str, Any]:
+def _factor(factor: FactorSpec, match: LayerMatch) -> dict[str, Any]:
     return {
         "side": factor.side,
         "dim": factor.dim,
@@ -129,6 +171,8 @@ def _factor(factor: FactorSpec) -> dict[str, Any]:
         "flops_refresh": factor.flops_refresh,
         "flops_apply": factor.flops_apply,
         "form": factor.form,
+        "gram": gram_form(match, factor) or None,
+        "estimated_ns": estimated_ns(match, factor),
         "shared_with": factor.shared_with,
     }
 

@@ -1,19 +1,21 @@
 """From a `Plan` to the rows and totals that every report shows.
 
 Enters: a plan. Leaves: records of plain numbers and strings, so that text, terminal and JSON agree. Layers
-that differ only in one integer of their path share a row; what a layer borrows counts at its owner.
+that differ only in integers of their path share a row, and so do norms whose widths differ; what a layer
+borrows counts at its owner.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
 from kfac_fx.contracts import Plan
 from kfac_fx.errors import Reason
-from kfac_fx.types import FactorSpec, LayerMatch, Skip, Source
+from kfac_fx.forms import words
+from kfac_fx.report.collapse import collapsed, spanned, template
+from kfac_fx.types import FactorSpec, LayerMatch
 
 
 @final
@@ -30,12 +32,16 @@ class Cost:
 @final
 @dataclass(frozen=True, kw_only=True)
 class LayerRow:
-    """One layer, or several that are alike. `cost` is the cost of ONE of them."""
+    """One layer, or several that are alike: only norms may differ in width.
+
+    factors: of each member. cost: of the first member; total: of all.
+    """
 
     label: str
     members: tuple[LayerMatch, ...]
-    factors: tuple[FactorSpec, ...]
+    factors: tuple[tuple[FactorSpec, ...], ...]
     cost: Cost
+    total: Cost
 
     @property
     def first(self) -> LayerMatch:
@@ -46,17 +52,6 @@ class LayerRow:
     def count(self) -> int:
         """Number of layers in this row."""
         return len(self.members)
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class SkipRow:
-    """Skipped parameters of one reason whose names and details differ only in numbers."""
-
-    label: str
-    detail: str
-    members: tuple[Skip, ...]
-    sources: str
 
 
 @final
@@ -73,6 +68,7 @@ class Totals:
     frozen_tensors: int
     cost: Cost
     model_flops: int
+    parameter_bytes: int
     statistics_every: int
     inverse_every: int
 
@@ -119,39 +115,43 @@ def layer_labels(plan: Plan) -> dict[str, str]:
 
 def layer_rows(plan: Plan, layers: Sequence[LayerMatch], *, collapse: bool) -> list[LayerRow]:
     """Rows of these layers, in their order. collapse: one row for layers that are alike."""
-    labels = layer_labels(plan)
-    owned: dict[str, list[FactorSpec]] = {}
-    for factor in plan.factors:
-        owned.setdefault(factor.owner, []).append(factor)
-    groups: list[list[LayerMatch]] = []
-    by_shape: dict[object, list[list[LayerMatch]]] = {}
+    labels, owned = layer_labels(plan), factors_by_layer(plan)
+    groups: dict[Hashable, list[LayerMatch]] = {}
     for match in layers:
-        alike = by_shape.setdefault(_fingerprint(match, owned.get(match.key, [])), [])
-        label = labels[match.key]
-        home = next((g for g in alike if collapse and _joins([labels[m.key] for m in g], label)), None)
-        if home is None:
-            home = []
-            alike.append(home)
-            groups.append(home)
-        home.append(match)
-    return [_layer_row(group, labels, owned) for group in groups]
+        groups.setdefault(_likeness(match, owned[match.key]) if collapse else match.key, []).append(match)
+    rows: list[LayerRow] = []
+    for group in groups.values():
+        names = [labels[match.key] for match in group]
+        parts = collapsed(names)
+        if len(parts) > 1 and group[0].structure == "block":
+            parts = [(spanned([names[i] for i in places]), places) for places in _by_template(names)]
+        rows += [_layer_row(label, [group[i] for i in places], owned) for label, places in parts]
+    position = {match.key: index for index, match in enumerate(layers)}
+    return sorted(rows, key=lambda row: position[row.first.key])
 
 
-def skip_rows(skips: Iterable[Skip]) -> dict[Reason, list[SkipRow]]:
-    """Skipped parameters by reason, in order of appearance."""
-    groups: dict[tuple[Reason, str, str], list[Skip]] = {}
-    for skip in skips:
-        groups.setdefault((skip.reason, _digitless(skip.parameter), _digitless(skip.detail)), []).append(skip)
-    rows: dict[Reason, list[SkipRow]] = {}
-    for (reason, _, _), members in groups.items():
-        row = SkipRow(
-            label=_wildcards([s.parameter for s in members]),
-            detail=_wildcards([s.detail for s in members]),
-            members=tuple(members),
-            sources=_sources([s.source for s in members if s.source]),
-        )
-        rows.setdefault(reason, []).append(row)
-    return rows
+def factors_by_layer(plan: Plan) -> dict[str, tuple[FactorSpec, ...]]:
+    """Factors of each matched layer, by its key."""
+    found: dict[str, list[FactorSpec]] = {match.key: [] for match in plan.matched}
+    for factor in plan.factors:
+        found[factor.owner].append(factor)
+    return {key: tuple(factors) for key, factors in found.items()}
+
+
+def gram_form(match: LayerMatch, factor: FactorSpec) -> str:
+    """Short name of how a convolution's A is computed, as in `kfac_fx.forms`; "" if there is no choice."""
+    use = match.uses[0]
+    if factor.side != "A" or use.geometry is None:
+        return ""
+    form = use.options["form"]
+    return form if factor.form.endswith(words(form, use.geometry)) else "other"
+
+
+def estimated_ns(match: LayerMatch, factor: FactorSpec) -> int | None:
+    """Estimated nanoseconds of a convolution's A by `kfac_fx.forms`, all uses; None if it has no choice."""
+    if gram_form(match, factor) in ("", "other"):
+        return None
+    return sum(use.options["estimated_ns"] for use in match.uses)
 
 
 def totals(plan: Plan) -> Totals:
@@ -167,73 +167,40 @@ def totals(plan: Plan) -> Totals:
         frozen_tensors=len(plan.skipped) - len(active),
         cost=cost_of(plan.factors),
         model_flops=plan.model_flops,
+        parameter_bytes=sum(p.numel * p.dtype.itemsize for p in plan.capture.parameters),
         statistics_every=plan.method.statistics_every,
         inverse_every=plan.method.inverse_every,
     )
 
 
 def _layer_row(
-    group: Sequence[LayerMatch], labels: dict[str, str], owned: dict[str, list[FactorSpec]]
+    label: str, group: Sequence[LayerMatch], owned: Mapping[str, tuple[FactorSpec, ...]]
 ) -> LayerRow:
-    factors = tuple(owned.get(group[0].key, ()))
+    factors = tuple(owned[match.key] for match in group)
     return LayerRow(
-        label=_ranges([labels[m.key] for m in group]),
+        label=label,
         members=tuple(group),
         factors=factors,
-        cost=cost_of(factors),
+        cost=cost_of(factors[0]),
+        total=cost_of(factor for of_one in factors for factor in of_one),
     )
 
 
-def _fingerprint(match: LayerMatch, factors: Sequence[FactorSpec]) -> object:
-    """Two layers may share a row only if these facts agree."""
+def _likeness(match: LayerMatch, factors: Sequence[FactorSpec]) -> Hashable:
+    """Two layers may share a row only if these facts agree; of blocks (norms) the width may differ."""
     source = (match.source.file, match.source.line) if match.source else None
-    shape = (match.kind, match.structure, match.bias is None, match.groups, match.d_in, match.d_out)
-    costs = tuple((f.side, f.dim, f.count, f.diagonal, f.form, cost_of([f])) for f in factors)
-    return (source, shape, match.numel, match.rows, len(match.uses), costs)
+    facts = (source, match.kind, match.structure, match.bias is None, len(match.uses))
+    if match.structure == "block":
+        return facts
+    shape = (match.groups, match.d_in, match.d_out, match.numel, match.rows)
+    costs = tuple(
+        (f.side, f.dim, f.count, f.diagonal, f.form, bool(f.shared_with), cost_of([f])) for f in factors
+    )
+    return (facts, shape, costs)
 
 
-def _joins(labels: Sequence[str], candidate: str) -> bool:
-    """Whether the labels and the candidate differ in exactly one path component, always an integer."""
-    columns = list(zip(*(label.split(".") for label in (*labels, candidate)), strict=False))
-    if len({label.count(".") for label in (*labels, candidate)}) != 1:
-        return False
-    varying = [column for column in columns if len(set(column)) > 1]
-    return len(varying) == 1 and all(part.isdecimal() for part in varying[0])
-
-
-def _ranges(labels: Sequence[str]) -> str:
-    """`blocks.0.qkv`, `blocks.1.qkv`, `blocks.3.qkv` -> `blocks.[0-1,3].qkv`."""
-    columns = zip(*(label.split(".") for label in labels), strict=True)
-    return ".".join(column[0] if len(set(column)) == 1 else f"[{_spans(column)}]" for column in columns)
-
-
-def _spans(numbers: Iterable[str]) -> str:
-    """`0`, `1`, `2`, `5` -> `0-2,5`."""
-    spans: list[list[int]] = []
-    for number in sorted({int(text) for text in numbers}):
-        if spans and number == spans[-1][-1] + 1:
-            spans[-1][1:] = [number]
-        else:
-            spans.append([number])
-    return ",".join("-".join(map(str, span)) for span in spans)
-
-
-def _digitless(text: str) -> str:
-    return re.sub(r"\d+", "*", text)
-
-
-def _wildcards(texts: Sequence[str]) -> str:
-    """Texts that differ only in numbers as one pattern: the numbers that vary become `*`."""
-    columns = zip(*(re.split(r"(\d+)", text) for text in texts), strict=True)
-    return "".join(column[0] if len(set(column)) == 1 else "*" for column in columns)
-
-
-def _sources(sources: Sequence[Source]) -> str:
-    """`models.py:13,16`: at most three lines of each file."""
-    lines: dict[str, list[int]] = {}
-    for source in sources:
-        known = lines.setdefault(str(source).rsplit(":", 1)[0], [])
-        if source.line not in known:
-            known.append(source.line)
-    shown = (f"{name}:{','.join(map(str, n[:3]))}{',..' if len(n) > 3 else ''}" for name, n in lines.items())
-    return " ".join(shown)
+def _by_template(names: Sequence[str]) -> list[list[int]]:
+    groups: dict[Hashable, list[int]] = {}
+    for index, name in enumerate(names):
+        groups.setdefault(template(name), []).append(index)
+    return list(groups.values())

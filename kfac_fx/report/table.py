@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kfac_fx.contracts import Plan
-from kfac_fx.report import text
+from kfac_fx.report.lines import Line
 from kfac_fx.report.methods import (
     NOTATION,
     SCHEDULE,
@@ -26,14 +26,27 @@ from kfac_fx.report.methods import (
     settings_text,
     value_text,
 )
-from kfac_fx.report.rows import forward_order, totals
+from kfac_fx.report.text import report_lines
 
-_STYLES = {"layer": "bold", "kind": "cyan", "A": "dark_cyan", "G": "dark_goldenrod", "source": "dim"}
+# By the roles of pieces: columns of the table, kinds of lines, and what `kfac-fx diff` found.
+STYLES = {
+    "layer": "bold",
+    "kind": "cyan",
+    "A": "dark_cyan",
+    "G": "dark_goldenrod",
+    "source": "dim",
+    "title": "bold",
+    "head": "bold",
+    "note": "dim",
+    "skipped": "yellow",
+    "advice": "green",
+    "cost": "bold",
+    "more": "dark_goldenrod",
+    "less": "dark_cyan",
+}
 _METHOD_STYLES = {"paper": "dim", "stored": "cyan"}
 _PHASES = ("statistics", "refresh", "apply")
 _LEAST_FOR_FORMULAS = 80
-_CUT_ORDER = ("apply", "invert")
-_SHORTEST_SOURCE = 16
 _WIDTH_OF_A_PIPE = 200
 
 
@@ -48,25 +61,20 @@ def make_console(*, no_color: bool = False) -> Console:
 
 def show(plan: Plan, console: Console, *, skipped: bool = False, layer: str | None = None) -> None:
     """Print the report. skipped: add advice. layer: only what fits this pattern, not collapsed."""
-    layers, skips = (forward_order(plan), plan.skipped) if layer is None else text.select(plan, layer)
-    title, *more = text.header_lines(plan)
-    _print(console, title, style="bold")
-    for line in more:
-        _print(console, line)
-    _print(console, "")
-    if layers:
-        cells = text.layer_cells(plan, layers, collapse=layer is None)
-        _print_table(console, cells)
-        for line in text.note_lines(cells):
-            _print(console, line, style="dim")
-    if skips:
-        _print(console, "")
-        _print(console, text.SKIPPED_TITLE, style="yellow")
-        for line in text.skip_lines(skips, advice=skipped):
-            _print(console, line, style="green" if line.lstrip().startswith(text.ADVICE_MARK) else "")
-    if layer is None:
-        _print(console, "")
-        _print(console, text.cost_line(totals(plan)), style="bold")
+    show_lines(report_lines(plan, width=width_of(console), advice=skipped, layer=layer), console)
+
+
+def width_of(console: Console) -> int | None:
+    """Characters per line of a terminal; None for a file or a pipe, where nothing is cut."""
+    return console.width if console.is_terminal else None
+
+
+def show_lines(lines: Iterable[Line], console: Console) -> None:
+    """Print lines as they are: no markup, no guessing of colours, broken by nobody."""
+    for pieces in lines:
+        printed = Text.assemble(*((text, STYLES.get(role, "")) for text, role in pieces))
+        printed.rstrip()
+        console.print(printed, soft_wrap=True, highlight=False)
 
 
 def show_methods(methods: Mapping[str, type[Any]], console: Console) -> None:
@@ -121,37 +129,3 @@ def unbroken(formula: str) -> str:
     tight = re.sub(r"\([^()]*\)", lambda bracket: bracket[0].replace(" + ", "+"), formula)
     tight = re.sub(r"(?<![\w^])(\d+) (?=[a-z(])|(?<=\w) (?=\()", r"\1", tight)
     return re.sub(r"(?<=\w) (?=[a-z])", "*", tight)
-
-
-def fitting_columns(cells: Sequence[Sequence[str]], *, width: int) -> dict[str, int]:
-    """Columns to show, with widths: the source is shortened, then left out, then apply, then invert."""
-    widths = text.natural_widths(cells)
-
-    def excess() -> int:
-        return sum(widths.values()) + len(text.GAP) * (len(widths) - 1) - width
-
-    if excess() > 0:
-        widths["source"] -= excess()
-        if widths["source"] < _SHORTEST_SOURCE:
-            del widths["source"]
-    for name in _CUT_ORDER:
-        if excess() > 0:
-            del widths[name]
-    return widths
-
-
-def _print_table(console: Console, cells: Sequence[Sequence[str]]) -> None:
-    """The header and the totals in bold, the columns of the layers in their colours."""
-    fits = fitting_columns(cells, width=console.width) if console.is_terminal else text.natural_widths(cells)
-    for number, line in enumerate(cells):
-        is_layer = 0 < number < len(cells) - 1
-        padded = text.padded(line, fits)
-        parts = [(part, _STYLES.get(name, "") if is_layer else "bold") for name, part in padded.items()]
-        printed = Text(text.GAP).join(Text(part, style=style) for part, style in parts)
-        printed.rstrip()
-        console.print(printed, soft_wrap=True, highlight=False)
-
-
-def _print(console: Console, line: str, *, style: str = "") -> None:
-    """One line as it is: no markup, no guessing of colours, wrapped by the terminal only."""
-    console.print(Text(line, style=style), soft_wrap=True, highlight=False)

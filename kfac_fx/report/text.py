@@ -1,128 +1,171 @@
-"""The one-screen report of a `Plan`, as plain text.
+"""The one-screen report of a `Plan`: header, layers, what is skipped, what a step costs.
 
-Enters: a plan. Leaves: a string without colour, complete at any width. `kfac_fx.report.table` draws the same
-cells in a terminal. Numbers come from `rows`, never from here.
+Enters: a plan. Leaves: lines of coloured pieces, or one string without colour, complete at any width.
+`kfac_fx.report.table` prints the same lines in a terminal. Numbers come from `rows`, never from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from kfac_fx.contracts import Plan
 from kfac_fx.errors import UnknownNameError, did_you_mean
-from kfac_fx.report.rows import LayerRow, Totals, forward_order, layer_labels, layer_rows, skip_rows, totals
-from kfac_fx.types import FactorSpec, LayerMatch, Skip
+from kfac_fx.report.cells import COLUMNS, layer_cells, table_lines
+from kfac_fx.report.lines import GAP, Line, broken, line, plain_text, wrapped
+from kfac_fx.report.numbers import bytes_text, flops_text, share_text, tensors_text
+from kfac_fx.report.rows import (
+    Totals,
+    estimated_ns,
+    factors_by_layer,
+    forward_order,
+    layer_labels,
+    totals,
+)
+from kfac_fx.report.skips import SkipRow, skip_rows
+from kfac_fx.types import LayerMatch, Skip
 
-COLUMNS = ("layer", "kind", "x", "uses", "A", "G", "rows", "state", "stats", "invert", "apply", "source")
-LEFT_ALIGNED = frozenset({"layer", "kind", "source"})
-SOURCE_WIDTH = 48
-GAP = "  "
 ADVICE_MARK = "->"
 SKIPPED_TITLE = "skipped (plain gradient, no preconditioner)"
+SIZES_NOTE = "A, G of each layer: n^2 matrix, n diagonal, k x n^2 per group or channel"
+THIN_NOTE = ", n/m thin with m columns"
+COSTS_NOTE = "of all x layers: state in bytes; stats, invert, apply in FLOPs each time"
 SHARED_NOTE = "* the same tensor as another layer's input: one A, stored and computed once"
+FORM_NOTE = "form: how A of a convolution is computed, by estimated time"
+
+_INDENT = 9
 
 
 def render(plan: Plan) -> str:
     """The report: header, matched layers with costs, skipped parameters with reasons, cost per step."""
-    table = layer_cells(plan, forward_order(plan), collapse=True)
-    lines = [*header_lines(plan), "", *aligned(table), *note_lines(table)]
-    if plan.skipped:
-        lines += ["", SKIPPED_TITLE, *skip_lines(plan.skipped, advice=False)]
-    return "\n".join([*lines, "", cost_line(totals(plan))])
+    return plain_text(report_lines(plan))
 
 
-def header_lines(plan: Plan) -> list[str]:
+def report_lines(
+    plan: Plan, *, width: int | None = None, advice: bool = False, layer: str | None = None
+) -> list[Line]:
+    """The report as lines of (text, role).
+
+    width: characters per line, None for as many as it takes. advice: what to do about each reason. layer:
+    only what fits this pattern, not collapsed, with more about each factor, and no cost per step.
+    """
+    layers, skips = (forward_order(plan), plan.skipped) if layer is None else select(plan, layer)
+    lines = header_lines(plan, width=width)
+    if layers:
+        cells = layer_cells(plan, layers, collapse=layer is None)
+        lines += [line(""), *table_lines(cells, width=width), *note_lines(cells, width=width)]
+        if layer is not None:
+            lines += [line(""), *factor_lines(plan, layers, width=width)]
+    if skips:
+        lines += [line(""), *wrapped(SKIPPED_TITLE, width=width, indent=2, role="skipped")]
+        lines += skip_lines(skips, advice=advice, width=width)
+    return lines if layer is not None else [*lines, line(""), *cost_lines(totals(plan), width=width)]
+
+
+def header_lines(plan: Plan, *, width: int | None = None) -> list[Line]:
     """What was inspected, how much of it is matched, and what is known about the loss."""
     sums = totals(plan)
-    settings = f"method {plan.method.name}   sharing {plan.sharing}   fisher {plan.fisher}"
-    matched = f"{sums.layers:,} layers, {sums.matched:,} of {sums.trainable:,} parameters"
+    title = [
+        f"kfac-fx  {plan.capture.model_name}",
+        f"method {plan.method.name}",
+        f"sharing {plan.sharing}",
+        f"fisher {plan.fisher}",
+        f"{sums.nodes:,} nodes captured",
+    ]
+    if plan.without:
+        title.append(f"without {', '.join(sorted(plan.without))}")
     share = sums.skipped / sums.trainable if sums.trainable else 0.0
-    skipped = f"{_tensors(sums.skipped_tensors)}, {sums.skipped:,} parameters ({share:.1%})"
-    frozen = f"     frozen  {_tensors(sums.frozen_tensors)}" if sums.frozen_tensors else ""
+    skipped = f"{tensors_text(sums.skipped_tensors)}, {sums.skipped:,} parameters ({share:.1%})"
+    matched = f"{sums.layers:,} layers, {sums.matched:,} of {sums.trainable:,} parameters"
+    account = [
+        f"matched  {matched} ({plan.coverage:.1%})",
+        f"  skipped  {skipped if sums.skipped_tensors else 'nothing'}",
+    ]
+    if sums.frozen_tensors:
+        account.append(f"  frozen  {tensors_text(sums.frozen_tensors)}")
     return [
-        f"kfac-fx  {plan.capture.model_name}   {settings}   {sums.nodes:,} nodes captured",
-        f"loss     {plan.capture.loss_info.note}",
-        f"matched  {matched} ({plan.coverage:.1%})     skipped  {skipped}{frozen}",
+        *broken(title, width=width, indent=_INDENT, role="title"),
+        *wrapped(f"loss     {plan.capture.loss_info.note}", width=width, indent=_INDENT),
+        *broken(account, width=width, indent=_INDENT - 2),
     ]
 
 
-def layer_cells(plan: Plan, layers: Sequence[LayerMatch], *, collapse: bool) -> list[list[str]]:
-    """Cells of the table, one list per line: column names, these layers, totals."""
-    rows = layer_rows(plan, layers, collapse=collapse)
-    costs = [row.cost for row in rows for _ in row.members]
-    sums = (
-        bytes_text(sum(cost.state_bytes for cost in costs)),
-        flops_text(sum(cost.statistics for cost in costs)),
-        flops_text(sum(cost.inversion for cost in costs)),
-        flops_text(sum(cost.apply for cost in costs)),
-    )
-    footer = ["total", "", str(len(costs)), "", "", "", "", *sums, ""]
-    return [list(COLUMNS), *(_cells(row) for row in rows), footer]
+def note_lines(cells: Sequence[Sequence[str]], *, width: int | None = None) -> list[Line]:
+    """What the columns mean; of form and shared A only if a layer in the table has them."""
+    shared = any(texts[COLUMNS.index("A")].endswith("*") for texts in cells)
+    forms = bool(cells[0][COLUMNS.index("form")])
+    thin = any("/" in texts[COLUMNS.index(side)] for texts in cells for side in "AG")
+    sizes = SIZES_NOTE + (THIN_NOTE if thin else "")
+    notes = [sizes, COSTS_NOTE, *([FORM_NOTE] if forms else []), *([SHARED_NOTE] if shared else [])]
+    return [piece for note in notes for piece in wrapped(note, width=width, indent=2, role="note")]
 
 
-def note_lines(cells: Sequence[Sequence[str]]) -> list[str]:
-    """The footnote of the table, if a layer in it shares its A."""
-    column = COLUMNS.index("A")
-    return [SHARED_NOTE] if any(line[column].endswith("*") for line in cells) else []
-
-
-def natural_widths(cells: Sequence[Sequence[str]]) -> dict[str, int]:
-    """Width of each column that cuts nothing."""
-    return {name: max(len(line[i]) for line in cells) for i, name in enumerate(COLUMNS)}
-
-
-def padded(line: Sequence[str], widths: Mapping[str, int]) -> dict[str, str]:
-    """The cells of a line that have a width, cut or filled to it."""
-    parts = {}
-    for name, text in zip(COLUMNS, line, strict=True):
-        if name in widths:
-            width = widths[name]
-            short = text if len(text) <= width else f"{text[: width - 2]}.."
-            parts[name] = short.ljust(width) if name in LEFT_ALIGNED else short.rjust(width)
-    return parts
-
-
-def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """The table as lines of text."""
-    widths = natural_widths(cells)
-    return [GAP.join(padded(line, widths).values()).rstrip() for line in cells]
-
-
-def skip_lines(skips: Sequence[Skip], *, advice: bool) -> list[str]:
-    """Skipped parameters by reason. advice: add what to do about each reason."""
-    cells, advice_after = [], {}
-    for reason, rows in skip_rows(skips).items():
-        for row in rows:
-            count = f"x{len(row.members)}" if len(row.members) > 1 else ""
-            cells.append([row.label, count, reason.value, row.detail, row.sources])
-        advice_after[len(cells) - 1] = reason.advice
-    widths = [max(len(line[column]) for line in cells) for column in range(4)] if cells else []
-    lines = []
-    for index, (*fields, source) in enumerate(cells):
-        padded = "  ".join(field.ljust(width) for field, width in zip(fields, widths, strict=True))
-        lines.append(f"  {padded}  {source}".rstrip())
-        if advice and index in advice_after:
-            lines.append(f"      {ADVICE_MARK} {advice_after[index]}")
+def factor_lines(plan: Plan, layers: Sequence[LayerMatch], *, width: int | None = None) -> list[Line]:
+    """How each factor of these layers is computed, and whose it is when it is shared."""
+    labels, owned, lines = layer_labels(plan), factors_by_layer(plan), []
+    longest = max(len(labels[match.key]) for match in layers)
+    for match in layers:
+        for factor in owned[match.key]:
+            facts = [
+                f"  {labels[match.key]:<{longest}}",
+                factor.side,
+                str(factor.dtype).removeprefix("torch."),
+                factor.form,
+            ]
+            nanoseconds = estimated_ns(match, factor)
+            if nanoseconds is not None:
+                facts.append(f"estimated {nanoseconds / 1e6:.3g} ms")
+            if factor.shared_with:
+                facts.append(f"that of {labels.get(factor.shared_with, factor.shared_with)}")
+            lines += broken(facts, width=width, indent=4)
     return lines
 
 
-def cost_line(sums: Totals) -> str:
-    """What one training step costs beyond the model's own work, averaged over the schedule."""
-    model = f"model {flops_text(sums.model_flops)}"
-    apply = f"apply {flops_text(sums.cost.apply)}{_extra(sums, 'apply')}"
-    statistics = f"statistics {flops_text(sums.cost.statistics)} every {sums.statistics_every}"
-    refreshes = f"{flops_text(sums.cost.inversion)} every {sums.inverse_every}"
-    inversion = f"inversion {refreshes}" if sums.inverse_every else "inversion never"
-    return "   ".join(
-        [
-            f"per step  {model}",
-            apply,
-            statistics + _extra(sums, "statistics"),
-            inversion + (_extra(sums, "inversion") if sums.inverse_every else ""),
-            f"total{_extra(sums, 'total', parentheses=False)}",
-        ]
+def skip_lines(skips: Sequence[Skip], *, advice: bool, width: int | None = None) -> list[Line]:
+    """Skipped parameters by reason, one row each, or below their reason where that is too narrow."""
+    by_reason = skip_rows(skips)
+    cells = [_skip_cells(row) for rows in by_reason.values() for row in rows]
+    widths = [max(len(texts[column]) for texts in cells) for column in range(5)] if cells else []
+    narrow = width is not None and sum(widths[:4]) + len(GAP) * 4 > width
+    lines = []
+    for reason, rows in by_reason.items():
+        for detail in dict.fromkeys(row.detail for row in rows) if narrow else []:
+            lines += wrapped(f"{GAP}{reason.value}: {detail}", width=width, indent=4)
+            for label, count, *_, source in map(_skip_cells, (r for r in rows if r.detail == detail)):
+                lines += broken([f"    {label}", *filter(None, (count, source))], width=width, indent=6)
+        for row in [] if narrow else rows:
+            *texts, source = _skip_cells(row)
+            padded = GAP.join(t.ljust(w) for t, w in zip(texts, widths, strict=False))
+            fits = width is None or len(GAP + padded + GAP + source) <= width
+            lines.append(line((GAP + padded + (GAP + source if fits else "")).rstrip()))
+        if advice:
+            lines += wrapped(f"      {ADVICE_MARK} {reason.advice}", width=width, indent=9, role="advice")
+    return lines
+
+
+def cost_lines(sums: Totals, *, width: int | None = None) -> list[Line]:
+    """What a training step costs beyond the model's own work, averaged over the schedule, and the memory."""
+    phases = {
+        "apply": f"apply {flops_text(sums.cost.apply)}",
+        "statistics": f"statistics {flops_text(sums.cost.statistics)} {_every(sums.statistics_every)}",
+        "inversion": f"inversion {flops_text(sums.cost.inversion)} {_every(sums.inverse_every)}",
+    }
+    shares = {phase: sums.overhead(phase) for phase in (*phases, "total")}
+    parts = [f"per step  model {flops_text(sums.model_flops)}"]
+    for phase, text in phases.items():
+        share = None if phase == "inversion" and not sums.inverse_every else shares[phase]
+        parts.append(text if share is None else f"{text} ({share_text(share)})")
+    if shares["total"] is not None:
+        parts.append(f"total {share_text(shares['total'])} FLOPs")
+    memory = (
+        f"memory    parameters {bytes_text(sums.parameter_bytes)}   state {bytes_text(sums.cost.state_bytes)}"
     )
+    if sums.parameter_bytes:
+        memory += f" ({sums.cost.state_bytes / sums.parameter_bytes:,.1f} times the parameters)"
+    return [
+        *broken(parts, width=width, indent=_INDENT + 1, role="cost"),
+        *wrapped(memory, width=width, indent=_INDENT + 1, role="cost"),
+    ]
 
 
 def select(plan: Plan, pattern: str) -> tuple[list[LayerMatch], list[Skip]]:
@@ -139,67 +182,10 @@ def select(plan: Plan, pattern: str) -> tuple[list[LayerMatch], list[Skip]]:
     return layers, skips
 
 
-def bytes_text(number: int) -> str:
-    """Bytes in powers of 1024: `160.5K`."""
-    return _scaled(number, base=1024)
+def _every(steps: int) -> str:
+    return {0: "never", 1: "every step"}.get(steps, f"every {steps}")
 
 
-def flops_text(number: int) -> str:
-    """Operations in powers of 1000: `21.0M`."""
-    return _scaled(number, base=1000)
-
-
-def _tensors(number: int) -> str:
-    return f"{number:,} tensor" + ("" if number == 1 else "s")
-
-
-def _scaled(number: int, *, base: int) -> str:
-    value = float(number)
-    for suffix in ("", "K", "M", "G", "T", "P"):
-        text = f"{value:.1f}{suffix}" if suffix else str(number)
-        if suffix == "P" or round(value, 1 if suffix else 0) < base:
-            return text
-        value /= base
-    raise AssertionError("unreachable: the largest suffix takes every number")
-
-
-def _extra(sums: Totals, phase: str, *, parentheses: bool = True) -> str:
-    share = sums.overhead(phase)
-    if share is None:
-        return ""
-    text = f"+{share:.1%}" if share < 0.1 else f"+{share:.0%}"
-    return f" ({text})" if parentheses else f" {text}"
-
-
-def _cells(row: LayerRow) -> list[str]:
-    match, cost = row.first, row.cost
-    source = f"{match.source}  {match.source.code.strip()}" if match.source else ""
-    if len(source) > SOURCE_WIDTH:
-        source = source[: SOURCE_WIDTH - 2] + ".."
-    sizes = {factor.side: _size(factor) for factor in row.factors}
-    output = f"F {sizes['F']}" if "F" in sizes else sizes.get("G", "-")
-    return [
-        row.label,
-        match.kind,
-        str(row.count),
-        str(len(match.uses)),
-        sizes.get("A", "-"),
-        output,
-        f"{match.rows:,}",
-        bytes_text(cost.state_bytes),
-        flops_text(cost.statistics),
-        flops_text(cost.inversion),
-        flops_text(cost.apply),
-        source,
-    ]
-
-
-def _size(factor: FactorSpec) -> str:
-    """`65^2`: a square factor; `8x9^2`: eight of them; `1000`: a vector; `65/32`: 32 columns of length 65.
-
-    A star marks a shared one.
-    """
-    side = str(factor.dim) if factor.diagonal else f"{factor.dim}^2"
-    if factor.columns is not None:
-        side = f"{factor.dim}/{factor.columns}"
-    return (f"{factor.count}x" if factor.count > 1 else "") + side + ("*" if factor.shared_with else "")
+def _skip_cells(row: SkipRow) -> list[str]:
+    count = f"x{len(row.members)}" if len(row.members) > 1 else ""
+    return [row.label, count, row.reason.value, row.detail, row.sources]

@@ -1,0 +1,1 @@
+"""How the pages of this documentation are checked and rendered. Not part of the library."""

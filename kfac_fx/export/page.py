@@ -1,0 +1,157 @@
+"""`index.html`: one file that a person opens, without network, and the strip as a file of its own.
+
+Enters: a plan. Leaves: text. Everything the page shows is in it: the style, the script, and one JSON value
+that is deflated where it is long.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from html import escape
+
+from kfac_fx.contracts import Plan
+from kfac_fx.export.page_data import page_data
+from kfac_fx.export.strip import strip
+from kfac_fx.report.lines import plain_text
+from kfac_fx.report.numbers import bytes_text, flops_text, share_text, tensors_text
+from kfac_fx.report.rows import Totals, totals
+from kfac_fx.report.skips import skip_rows
+from kfac_fx.report.text import cost_lines
+from kfac_fx.target import Target
+
+PLAIN_LIMIT = 400_000
+_SCRIPTS = ("start.js", "table.js", "layer.js", "graph.js", "code.js", "page.js")
+_SLOT = re.compile(r"\{\{(\w+)\}\}")
+
+
+def pages(plan: Plan, target: Target) -> dict[str, str]:
+    """`index.html` and `strip.svg`."""
+    return {"index.html": page(plan), "strip.svg": strip(plan, page="index.html") + "\n"}
+
+
+def page(plan: Plan) -> str:
+    """The page as one text."""
+    encoding, data = encoded(json.dumps(page_data(plan), separators=(",", ":")))
+    name = plan.capture.model_name
+    return _filled(
+        _asset("page.html"),
+        {
+            "title": escape(f"{name} - kfac-fx {plan.method.name}"),
+            "model": escape(name),
+            "settings": _settings(plan),
+            "summary": _summary(plan),
+            "strip": strip(plan),
+            "style": _asset("page.css"),
+            "encoding": encoding,
+            "data": data,
+            "script": "\n".join(_asset(file) for file in _SCRIPTS),
+        },
+    )
+
+
+def encoded(text: str) -> tuple[str, str]:
+    """How a JSON text is written, and the text: as it is, or deflated if longer than `PLAIN_LIMIT`.
+
+    Nothing in it can end the element that it stands in.
+    """
+    if len(text) <= PLAIN_LIMIT:
+        return "json", text.replace("<", "\\u003c")
+    return "deflate", base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def _filled(template: str, slots: Mapping[str, str]) -> str:
+    """The template with its slots filled, once: what fills one is not read again."""
+    return _SLOT.sub(lambda slot: slots[slot[1]], template)
+
+
+def _asset(name: str) -> str:
+    return (importlib.resources.files("kfac_fx.export") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _settings(plan: Plan) -> str:
+    """Method and what else was chosen."""
+    nodes = len(plan.capture.graph.graph.nodes)
+    parts = (
+        ("method", plan.method.name),
+        ("sharing", plan.sharing),
+        ("fisher", plan.fisher),
+        ("captured", f"{nodes:,} nodes"),
+        ("loss", plan.capture.loss_info.note),
+    )
+    return "".join(f"<span><i>{escape(name)}</i> {escape(value)}</span>" for name, value in parts)
+
+
+def _summary(plan: Plan) -> str:
+    """Three answers: what is covered, what is not and why, what a step costs."""
+    sums = totals(plan)
+    return "".join([_covered(plan, sums), _left_out(plan, sums), _work(sums), _line(sums)])
+
+
+def _card(title: str, figure: str, body: str) -> str:
+    heading = f'<h2>{escape(title)}</h2><p class="figure">{escape(figure)}</p>'
+    return f'<section class="card">{heading}{body}</section>'
+
+
+def _covered(plan: Plan, sums: Totals) -> str:
+    share = f'<div class="share"><i style="width:{plan.coverage:.2%}"></i></div>'
+    text = (
+        f"{sums.layers:,} layers, {sums.matched:,} of {sums.trainable:,} trainable parameters. "
+        f"Curvature state: {bytes_text(sums.cost.state_bytes)} bytes."
+    )
+    return _card("Preconditioned", f"{plan.coverage:.1%}", f"{share}<p>{escape(text)}</p>")
+
+
+def _left_out(plan: Plan, sums: Totals) -> str:
+    if not plan.skipped:
+        return _card("Skipped", "nothing", "<p>Every trainable parameter is preconditioned.</p>")
+    chips = "".join(
+        f'<li><a href="#skipped" title="{escape(reason.advice)}"><b>{escape(reason.value)}</b> '
+        f"{sum(len(row.members) for row in rows)}</a></li>"
+        for reason, rows in skip_rows(plan.skipped).items()
+    )
+    frozen = f"; frozen: {tensors_text(sums.frozen_tensors)}" if sums.frozen_tensors else ""
+    text = f"{sums.skipped:,} parameters take the plain gradient{frozen}. Tensors by reason:"
+    figure = tensors_text(sums.skipped_tensors)
+    return _card("Skipped", figure, f'<p>{escape(text)}</p><ul class="chips">{chips}</ul>')
+
+
+def _work(sums: Totals) -> str:
+    total = sums.overhead("total")
+    if total is None:
+        return _card("Extra work per step", "unknown", "<p>The model itself has no counted FLOPs.</p>")
+    often = {
+        "apply": "every step",
+        "statistics": _every(sums.statistics_every),
+        "inversion": _every(sums.inverse_every),
+    }
+    flops = {"apply": sums.cost.apply, "statistics": sums.cost.statistics, "inversion": sums.cost.inversion}
+    shares = {phase: sums.overhead(phase) or 0.0 for phase in often}
+    bar = "".join(
+        f'<i class="{phase}" style="width:{share / total if total else 0:.2%}"></i>'
+        for phase, share in shares.items()
+    )
+    lines = "".join(
+        f'<tr><td><i class="dot {phase}"></i>{"refresh" if phase == "inversion" else phase}</td>'
+        f"<td>{flops_text(flops[phase])}</td><td>{often[phase]}</td><td>{share_text(share)}</td></tr>"
+        for phase, share in shares.items()
+    )
+    body = f'<div class="share parts">{bar}</div><table class="work">{lines}</table>'
+    return _card("Extra work per step, estimated", share_text(total), body)
+
+
+def _line(sums: Totals) -> str:
+    """What the command prints about the cost."""
+    lines = escape(plain_text(cost_lines(sums)))
+    note = '<p class="line">FLOPs are counted; no time was measured.</p>'
+    return f'<pre class="line"><code>{lines}</code></pre>{note}'
+
+
+def _every(steps: int) -> str:
+    if not steps:
+        return "never"
+    return "every step" if steps == 1 else f"every {steps} steps"

@@ -1,0 +1,220 @@
+"""The strip: layers in order, their factors drawn to scale, as an SVG of its own.
+
+Enters: a plan. Leaves: text, made of strings alone. The drawing reads well in light and dark, and says its
+scale. Each layer is a link to its place in `index.html`.
+"""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from urllib.parse import quote
+
+from kfac_fx.contracts import Plan
+from kfac_fx.report.numbers import bytes_text, flops_text
+from kfac_fx.report.rows import Cost, LayerRow, Totals, forward_order, layer_rows, totals
+from kfac_fx.report.skips import SkipRow, skip_rows
+from kfac_fx.types import FactorSpec
+
+WIDTH = 1320
+_SIDE = 38.0
+_ROW = 21
+_TOP = 84
+_LABEL, _A, _G, _SIZES, _STATE, _WORK, _SOURCE = 12, 322, 374, 412, 596, 724, 858
+_BAR = 62
+_NUMBER = 112
+_SCALE = "The area of a square is proportional to d. Memory grows with d^2, the cost of inversion with d^3."
+_STYLE = """
+.strip{--ink:#1c2430;--dim:#5b6675;--rule:#e3e7ec;--A:#0d7d78;--G:#b7791f;--bar:#8a97a8;--hover:#eef3f8;
+font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+@media (prefers-color-scheme:dark){.strip{--ink:#e4e8ee;--dim:#9aa6b5;--rule:#2c343f;--A:#35b0a7;--G:#dba23f;
+--bar:#6b788a;--hover:#222b36}}
+.strip text{fill:var(--ink)}.strip .dim{fill:var(--dim)}.strip .num{font-variant-numeric:tabular-nums}
+.strip .A{fill:var(--A)}.strip .G{fill:var(--G)}.strip .bar{fill:var(--bar)}.strip .rule{stroke:var(--rule)}
+.strip .hit{fill:transparent}.strip a:hover .hit,.strip a:focus .hit{fill:var(--hover)}
+.strip a:focus{outline:none}.strip a:focus-visible .hit{stroke:var(--A);stroke-width:2}
+.strip .head{font-weight:600}.strip .mono{font-family:ui-monospace,Consolas,monospace;font-size:11px}
+"""
+
+
+def strip(plan: Plan, *, page: str = "") -> str:
+    """The drawing. page: the file that its links open; empty for the page that it is part of."""
+    rows, sums = layer_rows(plan, forward_order(plan), collapse=True), totals(plan)
+    largest = max((f.dim for row in rows for f in row.factors[0]), default=1)
+    most = (
+        max((row.total.state_bytes for row in rows), default=0) or 1,
+        max((per_step(row.total, sums) for row in rows), default=0.0) or 1.0,
+    )
+    parts, y = [_header(largest)], _TOP
+    for row in rows:
+        height = max([_ROW, *(math.ceil(side_of(f.dim, largest)) + 6 for f in row.factors[0])])
+        parts.append(_row(row, y, height, largest, most, sums, page))
+        y += height
+    skips = [(reason.value, row) for reason, found in skip_rows(plan.skipped).items() for row in found]
+    if skips:
+        parts.append(_text(_LABEL, y + 30, "Skipped: plain gradient, no preconditioner", "head"))
+        y += 40
+    for reason, skip in skips:
+        parts.append(_skip(reason, skip, y))
+        y += _ROW
+    title = f"{plan.capture.model_name}, method {plan.method.name}: layers and their factors"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="strip" width="{WIDTH}" height="{y + 10}" '
+        f'viewBox="0 0 {WIDTH} {y + 10}" role="group" aria-label="{escape(title)}">'
+        f"<style>{_STYLE}</style>{''.join(parts)}</svg>"
+    )
+
+
+def per_step(cost: Cost, sums: Totals) -> float:
+    """FLOPs per step, averaged over the schedule."""
+    inversion = cost.inversion / sums.inverse_every if sums.inverse_every else 0.0
+    return cost.apply + cost.statistics / sums.statistics_every + inversion
+
+
+def side_of(dim: int, largest: int) -> float:
+    """Side of the square, in pixels, whose area is proportional to the dimension."""
+    return max(2.0, _SIDE * math.sqrt(dim / largest))
+
+
+def size_words(factor: FactorSpec) -> str:
+    """`65 x 65`, `8 of 9 x 9`, `vector of 1000`, `65 x 32`."""
+    if factor.diagonal:
+        return f"vector of {factor.dim}"
+    times = f"{factor.count} of " if factor.count > 1 else ""
+    return f"{times}{factor.dim} x {factor.dim if factor.columns is None else factor.columns}"
+
+
+def key_link(key: str) -> str:
+    """The part of an address that opens a layer."""
+    return f"#layer/{quote(key, safe='')}"
+
+
+def shortened(text: str, room: int) -> str:
+    """At most `room` characters; the middle is left out."""
+    if len(text) <= room:
+        return text
+    half = (room - 2) // 2
+    return f"{text[: room - 2 - half]}..{text[len(text) - half :]}"
+
+
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 2]}.."
+
+
+def _header(largest: int) -> str:
+    """Names of the columns and the scale."""
+    names = (
+        (_LABEL, "layer", ""),
+        (_A, "A", "middle"),
+        (_G, "G or F", "middle"),
+        (_SIZES, "sizes", ""),
+        (_STATE + _NUMBER, "state, bytes", "end"),
+        (_WORK + _NUMBER, "FLOPs per step", "end"),
+        (_SOURCE, "source", ""),
+    )
+    texts = [_text(x, _TOP - 10, name, "dim", place=place) for x, name, place in names]
+    shown, x = [_text(_LABEL, 34, "Scale, dimension d:", "dim")], 150.0
+    for dim in _scale(largest):
+        side = side_of(dim, largest)
+        shown.append(_rect("bar", x + side / 2, 48 - side / 2, side, side, 1.0))
+        shown.append(_text(x + side + 5, 34, str(dim), "num"))
+        x += side + 22 + 8 * len(str(dim))
+    shown.append(_text(max(x + 10, _A), 34, _SCALE, "dim"))
+    rule = f'<line class="rule" x1="0" x2="{WIDTH}" y1="{_TOP - 2}" y2="{_TOP - 2}"/>'
+    return "".join([*shown, *texts, rule])
+
+
+def _scale(largest: int) -> list[int]:
+    """Up to three round dimensions to compare with."""
+    top = 2 ** int(math.log2(max(largest, 1)))
+    return sorted({max(top // 16, 1), max(top // 4, 1), top})
+
+
+def _row(
+    row: LayerRow,
+    y: int,
+    height: int,
+    largest: int,
+    most: tuple[float, float],
+    sums: Totals,
+    page: str,
+) -> str:
+    match, middle = row.first, y + height / 2
+    label = shortened(row.label, 42) + (f"  x{row.count}" if row.count > 1 else "")
+    factors = [factor for factor in row.factors[0] if factor.side in "AGF"]
+    shapes = [_factor(factor, middle, largest) for factor in factors]
+    shared = any(f.side == "A" and f.shared_with for f in factors)
+    sizes = ", ".join(f"{f.side} {size_words(f)}" for f in factors)
+    state, work = row.total.state_bytes, per_step(row.total, sums)
+    source = f"{match.source}  {match.source.code}" if match.source else ""
+    cells = [
+        _text(_LABEL, middle + 4, label, ""),
+        *shapes,
+        _text(_SIZES, middle + 4, shortened(sizes + (" (A shared)" if shared else ""), 30), "num dim"),
+        _bar(_STATE, middle, state / most[0]),
+        _text(_STATE + _NUMBER, middle + 4, bytes_text(state), "num", place="end"),
+        _bar(_WORK, middle, work / most[1]),
+        _text(_WORK + _NUMBER, middle + 4, flops_text(round(work)), "num", place="end"),
+        _text(_SOURCE, middle + 4, _cut(source, 66), "mono dim"),
+    ]
+    name = f"{row.label}: {match.kind}, {sizes or 'no factor'}"
+    return (
+        f'<a href="{escape(page + key_link(match.key))}" data-key="{escape(match.key)}" '
+        f'aria-label="{escape(name)}"><title>{escape(_exact(row, sums))}</title>'
+        f'<rect class="hit" x="1" y="{y}" width="{WIDTH - 2}" height="{height}" rx="3"/>{"".join(cells)}</a>'
+    )
+
+
+def _factor(factor: FactorSpec, middle: float, largest: int) -> str:
+    """A square; several behind each other; a line for a vector; a narrow rectangle for a thin factor."""
+    side = side_of(factor.dim, largest)
+    width = side if factor.columns is None else side_of(min(factor.columns, factor.dim), largest)
+    css, centre = ("A", _A) if factor.side == "A" else ("G", _G)
+    if factor.diagonal:
+        return _rect(css, centre, middle, 3.0, side, 1.0)
+    behind = [(6.0, 0.25), (3.0, 0.5)] if factor.count > 1 else []
+    borrowed = 0.4 if factor.shared_with else 1.0
+    shapes = [_rect(css, centre + shift, middle - shift, width, side, fade) for shift, fade in behind]
+    return "".join([*shapes, _rect(css, centre, middle, width, side, borrowed)])
+
+
+def _rect(css: str, x: float, y: float, width: float, height: float, opacity: float) -> str:
+    fade = f' opacity="{opacity}"' if opacity < 1 else ""
+    return (
+        f'<rect class="{css}" x="{x - width / 2:.1f}" y="{y - height / 2:.1f}" '
+        f'width="{width:.1f}" height="{height:.1f}"{fade}/>'
+    )
+
+
+def _bar(x: float, middle: float, share: float) -> str:
+    return f'<rect class="bar" x="{x}" y="{middle - 4:.1f}" width="{max(share * _BAR, 0.5):.1f}" height="8"/>'
+
+
+def _skip(reason: str, skip: SkipRow, y: float) -> str:
+    count = f"  x{len(skip.members)}" if len(skip.members) > 1 else ""
+    numel = sum(member.numel for member in skip.members)
+    title = f"{skip.label}: {reason}, {skip.detail}; {numel:,} elements. {skip.members[0].advice}"
+    return (
+        f"<g><title>{escape(title)}</title>"
+        + _text(_LABEL, y + 15, shortened(skip.label, 42) + count, "dim")
+        + _text(_A - 20, y + 15, reason, "dim")
+        + _text(_SIZES, y + 15, shortened(skip.detail, 62), "dim")
+        + _text(_SOURCE, y + 15, _cut(skip.sources, 66), "mono dim")
+        + "</g>"
+    )
+
+
+def _exact(row: LayerRow, sums: Totals) -> str:
+    """What hovering shows: exact numbers."""
+    lines = [row.label + (f" ({row.count} layers alike; costs of all)" if row.count > 1 else "")]
+    lines += [f"{f.side}: {size_words(f)}, {f.bytes:,} bytes each" for f in row.factors[0]]
+    cost = row.total
+    lines.append(f"state {cost.state_bytes:,} bytes")
+    lines.append(f"statistics {cost.statistics:,}, refresh {cost.inversion:,}, apply {cost.apply:,} FLOPs")
+    lines.append(f"per step {round(per_step(cost, sums)):,} FLOPs on average")
+    return "\n".join(lines)
+
+
+def _text(x: float, y: float, text: str, css: str, *, place: str = "") -> str:
+    anchor = f' text-anchor="{place}"' if place else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}"{anchor} xml:space="preserve">{escape(text)}</text>'

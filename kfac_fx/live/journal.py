@@ -1,0 +1,158 @@
+"""What a training step notes as it goes: its losses, the time of each kind of step, the length of the update.
+
+Enters: calls of the step. Leaves: notes that a report reads. Nothing here waits for a device: on CUDA losses
+stay there and times are events.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from kfac_fx.canonical import to_matrix
+from kfac_fx.captures import Captures
+from kfac_fx.contracts import Plan
+from kfac_fx.progress import Progress
+
+KEPT = 100  # losses, and steps of each kind
+
+Mark = float | torch.cuda.Event
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """lr^2 <V, grad> of the preconditioned gradients V of one step, 0-dim. step: its number, from 1."""
+
+    value: Tensor
+    step: int
+
+
+@final
+class Journal:
+    """Notes of one training step.
+
+    losses: the last ones that were returned. counts: how many steps of each kind. spans: of the last ones of
+    each kind, pairs of marks of each of its calls. length: of the last update with new inverses. refreshed:
+    step of each layer's last refresh.
+    """
+
+    def __init__(self, progress: Progress, captures: Captures, *, device: torch.device) -> None:
+        self._progress = progress
+        self._captures = captures
+        self._on_cuda = device.type == "cuda"
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew: after a saved state was loaded."""
+        self.losses: deque[Tensor] = deque(maxlen=KEPT)
+        self.counts: dict[str, int] = {}
+        self.spans: dict[str, deque[list[tuple[Mark, Mark]]]] = {}
+        self.length: Length | None = None
+        self.refreshed: dict[str, int] = {}
+        self._open: list[tuple[Mark, Mark]] = []
+        self._first_run = False
+        self._see()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around one call of the step; one that raises leaves no note."""
+        progress, length = self._progress, self.length
+        if progress.pending is None:
+            self._open, self._first_run = [], False
+        start, steps, programs = self._mark(), progress.steps, self._captures.num_compiled
+        try:
+            yield
+        except BaseException:
+            self.length = length
+            raise
+        self._open.append((start, self._mark()))
+        self._first_run |= self._captures.num_compiled != programs
+        if progress.steps != steps:
+            self._close()
+
+    def measure(
+        self, plan: Plan, gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor], rates: Tensor
+    ) -> None:
+        """Note lr^2 <V, grad> over the preconditioned layers. rates: learning rates, [layers]."""
+        if not directions:
+            return
+        products = [
+            (to_matrix(match, directions) * to_matrix(match, gradients)).sum() for match in plan.matched
+        ]
+        value = (torch.stack(products) * rates.to(products[0]) ** 2).sum()
+        self.length = Length(value=value, step=self._progress.steps + 1)
+
+    def _close(self) -> None:
+        """An update was made: which kind of step it was, and how long it took."""
+        curvature = self._progress.curvature
+        refreshed = curvature.refreshes != self._refreshes
+        kind = (
+            "refresh" if refreshed else "statistics" if curvature.statistics != self._statistics else "plain"
+        )
+        if refreshed:
+            for key, count in curvature.refreshes.items():
+                if count != self._refreshes.get(key, 0):
+                    self.refreshed[key] = self._progress.steps
+        if kind != "plain":
+            self._see()
+        kind = "first run" if self._first_run else kind
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.spans.setdefault(kind, deque(maxlen=KEPT)).append(self._open)
+        self._open, self._first_run = [], False
+
+    def _see(self) -> None:
+        self._refreshes = dict(self._progress.curvature.refreshes)
+        self._statistics = dict(self._progress.curvature.statistics)
+
+    def _mark(self) -> Mark:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class HasJournal(Protocol):
+    """Anything with a journal."""
+
+    _journal: Journal
+
+
+def journaled(function: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """A method whose calls, and the losses that they return, its object's journal notes."""
+
+    @functools.wraps(function)
+    def noted(self: HasJournal, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._journal.call():
+            result = function(self, *args, **kwargs)
+            loss = result.clone() if isinstance(result, Tensor) else None  # the user may change their own
+        if loss is not None:
+            self._journal.losses.append(loss)
+        return result
+
+    return noted
+
+
+def seconds(spans: list[tuple[Mark, Mark]]) -> float:
+    """How long these calls took, together; waits for them on CUDA."""
+    total = 0.0
+    for start, end in spans:
+        if isinstance(start, torch.cuda.Event):
+            assert isinstance(end, torch.cuda.Event), "both marks are of one kind"
+            end.synchronize()
+            total += start.elapsed_time(end) / 1e3
+        else:
+            assert isinstance(end, float), "both marks are of one kind"
+            total += end - start
+    return total

@@ -1,0 +1,185 @@
+"""From what a step keeps to its `StepReport`. Reads values on the host, and changes nothing.
+
+Enters: captures, progress, journal. Leaves: the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import final
+
+import torch
+
+from kfac_fx.captures import Captures
+from kfac_fx.contracts import Method, Plan
+from kfac_fx.curvature import Curvature
+from kfac_fx.errors import UnknownNameError, did_you_mean
+from kfac_fx.live.health import LayerHealth, factor_health
+from kfac_fx.live.journal import Journal, seconds
+from kfac_fx.live.records import KL, Kind, StepReport
+from kfac_fx.live.text import render
+from kfac_fx.live.views import View, views
+from kfac_fx.methods.base import KroneckerFactored
+from kfac_fx.progress import Progress
+from kfac_fx.report.rows import forward_order, layer_labels, layer_rows
+from kfac_fx.types import LayerMatch
+
+KINDS = ("plain", "statistics", "refresh", "first run")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Damping:
+    """Lambda, gamma and the reduction ratio of the next step. of_factors: lambda as factors are damped with
+    it: lambda + eta or gamma^2 where those are adapted.
+    """
+
+    value: float | None
+    of_factors: float
+    gamma: float | None = None
+    ratio: float | None = None
+
+    @staticmethod
+    def of(method: Method, progress: Progress) -> Damping:
+        """As the method has it, or as it was adapted."""
+        value = method.damping if isinstance(method, KroneckerFactored) else None
+        if progress.quadratic is None:
+            return Damping(value=value, of_factors=value or 0.0)
+        strength = progress.quadratic.strength
+        squared = strength.gamma_squared
+        return Damping(
+            value=strength.damping,
+            of_factors=strength.of_model if squared is None else squared,
+            gamma=progress.gamma,
+            ratio=strength.ratio,
+        )
+
+
+@torch.no_grad()
+def observe(
+    method: Method,
+    captures: Captures,
+    progress: Progress,
+    journal: Journal,
+    *,
+    layers: str,
+    max_dim: int,
+) -> StepReport:
+    """The report of now.
+
+    layers: pattern (fnmatch) of the module paths or weights whose factors are looked at. max_dim: larger
+    factors are left out. Raises `UnknownNameError` if no layer fits.
+    """
+    damping, outcomes = Damping.of(method, progress), progress.curvature.outcomes
+    found = _layers(method, captures, progress, journal, damping, layers=layers, max_dim=max_dim)
+    left_out = [e.name for e in found if any(f.dim > max_dim and f.effective_rank is None for f in e.factors)]
+    kl, kl_note = _kl(method, progress, journal)
+    return StepReport(
+        method=method.name,
+        steps=progress.steps,
+        losses=tuple(float(loss) for loss in journal.losses),
+        damping=damping.value,
+        gamma=damping.gamma,
+        reduction_ratio=damping.ratio,
+        kl=kl,
+        kl_note=kl_note,
+        retried=int(outcomes.retried),
+        kept_last=int(outcomes.kept_last),
+        kinds=tuple(
+            Kind(name=name, count=journal.counts[name], seconds=tuple(map(seconds, journal.spans[name])))
+            for name in KINDS
+            if name in journal.counts
+        ),
+        layers=tuple(found),
+        left_out=tuple(left_out),
+        max_dim=max_dim,
+        state_bytes=_bytes(progress.curvature, _matches(captures.plans), set()),
+        render=render,
+    )
+
+
+def _layers(
+    method: Method,
+    captures: Captures,
+    progress: Progress,
+    journal: Journal,
+    damping: Damping,
+    *,
+    layers: str,
+    max_dim: int,
+) -> list[LayerHealth]:
+    """The layers that fit the pattern, in the order of the forward."""
+    curvature, counted = progress.curvature, set[int]()
+    known: dict[int, tuple[View, torch.Tensor]] = {}
+    found = []
+    for match, name, group in _chosen(captures.plans, layers):
+        seen = views(method, curvature.state(match.key), damping.of_factors)
+        at = journal.refreshed.get(match.key)
+        found.append(
+            LayerHealth(
+                name=name,
+                key=match.key,
+                group=group,
+                statistics=curvature.statistics.get(match.key, 0),
+                refreshes=curvature.refreshes.get(match.key, 0),
+                since_refresh=None if at is None else progress.steps - at,
+                state_bytes=_bytes(curvature, {match.key: match}, counted),
+                factors=tuple(factor_health(view, max_dim=max_dim, known=known) for view in seen),
+            )
+        )
+    return found
+
+
+def _matches(plans: list[Plan]) -> dict[str, LayerMatch]:
+    """Layers of all captures, each once."""
+    return {match.key: match for plan in plans for match in plan.matched}
+
+
+def _chosen(plans: list[Plan], pattern: str) -> list[tuple[LayerMatch, str, str]]:
+    """(layer, its name, the name of its group) of all layers that fit."""
+    found: dict[str, tuple[LayerMatch, str, str]] = {}
+    names: list[str] = []
+    for plan in plans:
+        labels = layer_labels(plan)
+        names += labels.values()
+        fits = [m for m in forward_order(plan) if m.key not in found and _fits(m, labels, pattern)]
+        for row in layer_rows(plan, fits, collapse=True):
+            found |= {match.key: (match, labels[match.key], row.label) for match in row.members}
+        found |= {m.key: found[m.key] for m in fits}
+    if plans and not found and names and pattern != "*":
+        raise UnknownNameError(f"no layer fits {pattern!r}.{did_you_mean(pattern, names)}")
+    return list(found.values())
+
+
+def _fits(match: LayerMatch, labels: Mapping[str, str], pattern: str) -> bool:
+    return any(fnmatchcase(n, pattern) for n in (labels[match.key], match.name, match.weight, match.key))
+
+
+def _bytes(curvature: Curvature, matches: Mapping[str, LayerMatch], counted: set[int]) -> int:
+    """Of the state tensors of these layers that were not counted yet."""
+    total = 0
+    for key in matches:
+        for tensor in curvature.state(key).values():
+            if id(tensor) not in counted:
+                counted.add(id(tensor))
+                total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def _kl(method: Method, progress: Progress, journal: Journal) -> tuple[KL | None, str]:
+    """Of the last update with new inverses, or why it is not known."""
+    if progress.quadratic is not None:
+        return None, "the quadratic model sets the length of the update"
+    if method.inverse_every == 0:
+        return None, f"{method.name} preconditions inside the program, which does not return the gradient"
+    if journal.length is None:
+        return None, "known from the next step that refreshes all inverses"
+    length = abs(float(journal.length.value))
+    bound = method.kl_clip if isinstance(method, KroneckerFactored) else None
+    if bound is None:
+        return KL(value=length, clip=None, step=journal.length.step), ""
+    # Clipped, lr^2 <V, grad> is nu T with nu^2 T = bound, so nu = bound / (nu T); else it is T itself.
+    clip = 1.0 if length <= bound else bound / length
+    return KL(value=clip * length, clip=clip, step=journal.length.step), ""

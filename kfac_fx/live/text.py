@@ -1,0 +1,139 @@
+"""A `StepReport` as one screen of text: alike layers in one line, the worst-conditioned first."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from kfac_fx.live.health import FactorHealth, LayerHealth
+from kfac_fx.live.records import StepReport
+from kfac_fx.report.text import bytes_text
+
+LINES = 20
+GAP = "  "
+LEFT = ("layer", "factor")
+FIGURES = ("largest", "damping", "condition", "damped", "eff. rank", "residual")
+COLUMNS = ("layer", "x", "factor", *FIGURES, "stats", "inv", "age")
+NOTES = (
+    "Of alike layers and groups the worst. damping: added to the eigenvalues; damped: condition with it.",
+    "eff. rank: exp of the eigenvalues' entropy. residual: |inverse (factor + damping) - I| / sqrt(d) of the",
+    "last inverse with the present factor. stats, inv: updates, refreshes; age: steps since the last.",
+)
+
+
+def render(report: StepReport) -> str:
+    """Losses, damping, length, counts, times; then the table of factors."""
+    steps = f"{report.steps:,} step" + ("" if report.steps == 1 else "s")
+    head = f"{report.method}  {steps}   state {bytes_text(report.state_bytes)}"
+    if not report.losses and not report.steps:
+        return f"{report.method}  no step has run yet: call step(inputs, targets)"
+    lines = [head, *_loss_lines(report), _damping_line(report), _kl_line(report)]
+    lines.append(f"refresh  retried {report.retried:,}   kept last {report.kept_last:,}")
+    lines += _time_lines(report)
+    return "\n".join([*lines, *_table_lines(report)])
+
+
+def _loss_lines(report: StepReport) -> list[str]:
+    losses = report.losses
+    if not losses:
+        return ["loss     none since the state was loaded"]
+    spread = f"mean {_number(statistics.fmean(losses))}, {_number(min(losses))} to {_number(max(losses))}"
+    return [f"loss     {_number(losses[-1])}   last {len(losses):,}: {spread}"]
+
+
+def _damping_line(report: StepReport) -> str:
+    gamma = "" if report.gamma is None else f"   gamma {_number(report.gamma)}"
+    ratio = "" if report.reduction_ratio is None else f"   reduction ratio {_number(report.reduction_ratio)}"
+    return f"damping  {_number(report.damping)}{gamma}{ratio}"
+
+
+def _kl_line(report: StepReport) -> str:
+    if report.kl is None:
+        return f"kl       not known: {report.kl_note}"
+    clip = "" if report.kl.clip is None else f"   clip {_number(report.kl.clip)}"
+    return (
+        f"kl       {_number(report.kl.value)}{clip}   at step {report.kl.step:,}, the last with new inverses"
+    )
+
+
+def _time_lines(report: StepReport) -> list[str]:
+    if not report.kinds:
+        return []
+    parts = [f"{kind.name} {1e3 * kind.median:,.1f} ms (x{kind.count:,})" for kind in report.kinds]
+    return [f"time     {'   '.join(parts)}   (medians; phases: kfac-fx bench)"]
+
+
+def _table_lines(report: StepReport) -> list[str]:
+    groups: dict[str, list[LayerHealth]] = {}
+    for layer in report.layers:
+        groups.setdefault(layer.group, []).append(layer)
+    ordered = sorted(groups.values(), key=lambda group: -max(layer.severity for layer in group))
+    if not ordered:
+        return []
+    header: list[str] = list(COLUMNS)
+    lines, shown = [header], 0
+    for group in ordered:
+        cells = _cells(group)
+        if shown and len(lines) + len(cells) > LINES + 1:
+            break
+        lines, shown = lines + cells, shown + 1
+    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
+    table = ["", *(_aligned(line, widths) for line in lines)]
+    if shown < len(ordered):
+        table.append(f"and {len(ordered) - shown:,} more lines of layers, better conditioned: report.layers")
+    if report.left_out:
+        count = len(report.left_out)
+        table.append(f"no eigenvalues of {count:,} layers with factors beyond max_dim={report.max_dim}")
+    return [*table, *NOTES]
+
+
+def _cells(group: list[LayerHealth]) -> list[list[str]]:
+    """A line per factor."""
+    lines = []
+    ages = [layer.since_refresh for layer in group if layer.since_refresh is not None]
+    counts = [
+        str(min(layer.statistics for layer in group)),
+        str(min(layer.refreshes for layer in group)),
+        str(max(ages)) if len(ages) == len(group) else "-",
+    ]
+    for index, (first, *_) in enumerate(zip(*(layer.factors for layer in group), strict=True)):
+        factors = [layer.factors[index] for layer in group]
+        worst = max(factors, key=lambda factor: factor.severity)
+        name = [group[0].group, f"x{len(group)}" if len(group) > 1 else ""] if index == 0 else ["", ""]
+        lines.append(
+            [*name, _size(first), *_figures(worst, factors), *(counts if index == 0 else ["", "", ""])]
+        )
+    return lines
+
+
+def _figures(worst: FactorHealth, factors: list[FactorHealth]) -> list[str]:
+    rank = "-" if worst.effective_rank is None else f"{worst.effective_rank:.1f}"
+    residuals = [factor.residual for factor in factors if factor.residual is not None]
+    return [
+        _number(worst.largest),
+        _number(worst.damping),
+        _number(worst.condition),
+        _number(worst.damped_condition),
+        rank,
+        _number(max(residuals) if residuals else None),
+    ]
+
+
+def _size(factor: FactorHealth) -> str:
+    return f"{factor.side} {f'{factor.count}x' if factor.count > 1 else ''}{factor.dim}"
+
+
+def _aligned(line: list[str], widths: list[int]) -> str:
+    cells = [
+        text.ljust(width) if name in LEFT else text.rjust(width)
+        for name, text, width in zip(COLUMNS, line, widths, strict=True)
+    ]
+    return GAP.join(cells).rstrip()
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if math.isinf(value):
+        return "singular" if value > 0 else "-inf"
+    return f"{value:.3g}"

@@ -1,0 +1,172 @@
+"""Every block of code of the README and of the documentation does what its page says."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+from kfac_fx import Reason, methods
+from pagetools import commands
+from pagetools.blocks import PageError, blocks_of
+from pagetools.formulas import with_mathml
+from pagetools.offline import loaded_from_elsewhere
+from pagetools.pages import rendered
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *DOCS.rglob("*.md")]
+)
+
+# Blocks whose commands are compared with the real options and not run; each says why on its page.
+PARSED_ONLY = {
+    "CONTRIBUTING.md": 1,
+    "README.md": 3,
+    "examples/README.md": 2,
+    "docs/tutorial.md": 1,
+}
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@functools.cache
+def page_text(page: Path) -> str:
+    return rendered(page.read_text(), page=page.name)
+
+
+def run(text: str) -> str:
+    return rendered(text, page="page.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_of_the_page_runs(page: Path) -> None:
+    assert page_text(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_formula_of_the_page_becomes_mathml(page: Path) -> None:
+    text = "".join(part for i, part in enumerate(page.read_text().split("```")) if i % 2 == 0)
+    formulas = re.findall(r"\$\$(.+?)\$\$", text, re.DOTALL) + re.findall(r"(?<!\$)\$([^$\n]+)\$", text)
+    for tex in formulas:
+        assert "<math" in with_mathml(f'<div class="arithmatex">\\[{tex}\\]</div>')
+
+
+def test_a_command_of_tex_that_is_not_known_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not known"):
+        with_mathml('<span class="arithmatex">\\(\\nosuchcommand x\\)</span>')
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_blocks_that_are_not_run_are_listed_here(page: Path) -> None:
+    blocks = blocks_of(page.read_text(), page=page.name)
+    assert sum(block.parsed_only is not None for block in blocks) == PARSED_ONLY.get(name_of(page), 0)
+
+
+def test_every_reason_has_a_section_whose_example_triggers_it() -> None:
+    sections = re.split(r"^## ", page_text(DOCS / "reasons.md"), flags=re.MULTILINE)[1:]
+    codes = [section.split("\n", 1)[0].strip() for section in sections]
+    assert sorted(codes) == sorted(reason.value for reason in Reason)
+    for code, section in zip(codes, sections, strict=True):
+        outputs = re.findall(r"\.output \}\n([\w-]+):", section)
+        assert outputs == [code], f"the example of {code} gives {outputs}"
+
+
+def test_every_method_has_a_page_with_its_settings_and_a_source() -> None:
+    assert {page.stem for page in (DOCS / "methods").glob("*.md")} == {*methods(), "index"}
+    for name in methods():
+        text = (DOCS / "methods" / f"{name}.md").read_text()
+        assert f"<!-- defaults: {name} -->" in text and "$$" in text
+        assert "arXiv:" in text or "CVPR" in text or "ECML" in text
+
+
+def test_a_page_shows_what_its_blocks_print() -> None:
+    page = "```python\nx = 6\n```\n\n```python\nprint(x * 7)\n```\n"
+    assert "``` { .text .output }\n42\n```" in run(page)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("```\nprint(1)\n```\n", "needs a language"),
+        ("```python\nprint(1)\n", "no end"),
+        ("```python\nnothing_like_this\n```\n", "NameError"),
+        ("<!-- parsed only: slow -->\n```python\nprint(1)\n```\n", "always run"),
+        ("<!-- no-such-marker -->\n```python\nprint(1)\n```\n", "no marker"),
+        ("<!-- fails -->\n```python\nprint(1)\n```\n", "raised nothing"),
+        ("```console\n$ kfac-fx inspect no_such_file.py\n```\n", "ended with 1"),
+        ("```console\n$ rm file\n```\n", "is not run"),
+        ("```python\nprint(1)\n```\n\n```text\n2\n```\n", "prints another text"),
+        ("```json\n{'a': 1}\n```\n", "property name"),
+        ("<!-- excerpt: out/no_such.py /a/ -->\n", "nothing wrote"),
+        ("<!-- defaults: kfacs -->\n", "no method"),
+    ],
+)
+def test_a_broken_block_is_an_error_with_its_place(block: str, message: str) -> None:
+    with pytest.raises(PageError, match=r"page\.md:\d+: ") as error:
+        run(f"Text.\n\n{block}")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "kfac-fx inspect TARGET --no-such-option",
+        "kfac-fx inspekt TARGET",
+        "kfac-fx inspect",
+        "kfac-fx transform TARGET --method kfac --folder DIR",
+        "make no-such-target",
+        "python examples/no_such_file.py",
+        "python examples/digits_conv.py --no-such-option",
+        'pip install ".[no_such_extra]"',
+        "no-such-program",
+    ],
+)
+def test_a_command_that_does_not_exist_is_refused_without_running_it(command: str) -> None:
+    with pytest.raises(PageError, match=r"^page\.md:2: "):
+        run(f"<!-- parsed only: slow -->\n```console\n$ {command}\n```\n")
+
+
+def test_commands_of_a_synopsis_are_compared_with_the_real_options() -> None:
+    for command in ("kfac-fx inspect TARGET [--method kfac] [--json]", "kfac-fx bench TARGET --steps 5"):
+        commands.check(command, "page.md:1")
+
+
+def test_a_shown_text_may_leave_lines_out() -> None:
+    block = "```python\nprint('a\\nb\\nc\\nd')\n```\n\n```text\na\n...\nd\n```\n"
+    run(block)
+    with pytest.raises(PageError):
+        run(block.replace("d\n```", "e\n```"))
+
+
+def test_what_a_site_would_load_from_elsewhere_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "index.html"
+    page.write_text('<a href="https://arxiv.org">link</a><link rel="canonical" href="https://x.org">')
+    assert loaded_from_elsewhere(tmp_path) == []
+    for tag in (
+        '<script src="https://cdn.example/x.js"></script>',
+        '<link rel="stylesheet" href="//cdn.example/x.css">',
+        '<style>@import "https://cdn.example/x.css"</style>',
+        '<img src="https://cdn.example/x.png">',
+        '<p style="background: url(https://cdn.example/x.png)">',
+    ):
+        page.write_text(tag)
+        assert len(loaded_from_elsewhere(tmp_path)) == 1
+    page.write_text("")
+    (tmp_path / "site.css").write_text("@font-face {src: url('https://fonts.example/x.woff2')}")
+    assert len(loaded_from_elsewhere(tmp_path)) == 1
+
+
+def test_the_pages_are_those_of_the_navigation() -> None:
+    listed = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+
+def test_the_files_of_the_folder_are_those_that_its_page_lists() -> None:
+    text = page_text(DOCS / "inspection.md")
+    listing = re.search(r"\.output \}\nout:\n(.+?)\n\n", text, re.DOTALL)
+    assert listing is not None
+    listed = re.findall(r"^\| `([\w.]+)/?` \|", text[listing.end() :], re.MULTILINE)
+    assert sorted(listed) == sorted(listing[1].splitlines())
