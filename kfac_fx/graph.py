@@ -54,14 +54,17 @@ def value(node: Node) -> Tensor:
 def shape(node: Node) -> tuple[int, ...]:
     """Static shape of the node's value."""
     sizes = value(node).shape
-    if any(not isinstance(size, int) for size in sizes):
-        source = _source_behind(node)
-        where = f"at {source.file}:{source.line} ({source.code})" if source else f"at node {node.name}"
-        raise CaptureError(
-            f"the number of rows of a tensor depends on the data, {where}. "
-            "Keep all rows and multiply by a mask."
-        )
-    return tuple(int(size) for size in sizes)
+    if all(map(_is_int, sizes)):
+        return tuple(sizes)
+    source = _source_behind(node)
+    where = f"at {source.file}:{source.line} ({source.code})" if source else f"at node {node.name}"
+    raise CaptureError(
+        f"the number of rows of a tensor depends on the data, {where}. Keep all rows and multiply by a mask."
+    )
+
+
+def _is_int(size: object) -> bool:
+    return isinstance(size, int)
 
 
 def _source_behind(node: Node) -> Source | None:

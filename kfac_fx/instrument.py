@@ -74,8 +74,8 @@ def instrument(
 
     sizes: shapes of state tensors that are not those of `Method.init` (thin factors that have grown). layers:
     keys of those whose statistics are collected, with all that share a tensor with them; None for all.
-    on_pass: called with the name of a pass, its record and the graph as it leaves it: as captured ("capture"),
-    with labels ("match"), and for each pass that writes. Nodes keep their names throughout.
+    on_pass: called with the name of a pass, its record and the graph as it leaves it: as captured
+    ("capture"), with labels ("match"), and for each pass that writes. Nodes keep their names throughout.
 
     plain: forward, backward, precondition. statistics: the same plus the moving averages of the factors.
     gradients: forward and backward alone. batch_statistics: forward, backward and this batch's statistics,

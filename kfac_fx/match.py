@@ -123,16 +123,13 @@ def _behind_product(root: Node, kinds: Iterable[LayerKind], facts: Facts) -> boo
 
     The parameter is a function's input.
     """
+    contractions = [kind for kind in kinds if kind.name in _CONTRACTIONS]
     queue, seen = [root], {root}
-    while queue and len(seen) < _NEIGHBOURHOOD:
+    while queue and contractions and len(seen) < _NEIGHBOURHOOD:
         for node in queue.pop(0).all_input_nodes:
             if node in seen or node not in facts.capture.backward:
                 continue
-            if any(
-                isinstance(kind.match(Term(root=node), facts), Product)
-                for kind in kinds
-                if kind.name in _CONTRACTIONS
-            ):
+            if any(isinstance(kind.match(Term(root=node), facts), Product) for kind in contractions):
                 return True
             seen.add(node)
             queue.append(node)

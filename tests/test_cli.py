@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -93,17 +94,18 @@ def test_transform_writes_the_folder_and_says_so(tmp_path: Path) -> None:
     result = run("transform", TARGET, "--method", "kfac", "-o", str(tmp_path / "deep" / "out"))
     assert result.exit_code == 0
     folder = tmp_path / "deep" / "out"
-    names = {"summary.txt", "report.json", "captured.py", "plain.py", "statistics.py"}
-    assert {file.name for file in folder.iterdir()} == names
-    assert all(f"saved {folder / name}" in result.stdout for name in names)
+    written = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    saved = re.findall(r"^saved (.+)$", result.stdout, re.MULTILINE)
+    assert {str(Path(file).relative_to(folder)) for file in saved} == written and len(saved) == len(written)
+    assert written >= {"summary.txt", "report.json", "passes/0-captured.py", "passes/0-1.diff"}
     assert result.stdout.startswith((folder / "summary.txt").read_text())
     assert json.loads((folder / "report.json").read_text())["model"] == "TinyGPT"
     sizes = {}
-    for name in ("captured", "plain", "statistics"):
-        program = (folder / f"{name}.py").read_text()
+    for name in ("0-captured", "step-without-statistics", "7-cleaned"):
+        program = (folder / "passes" / f"{name}.py").read_text()
         ast.parse(program)
         sizes[name] = len(program)
-    assert sizes["captured"] < sizes["plain"] < sizes["statistics"]
+    assert sizes["0-captured"] < sizes["step-without-statistics"] < sizes["7-cleaned"]
 
 
 def test_transform_writes_to_kfac_fx_out_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ The reference is the dense transcription of `tests/plain_kfac.py`.
 """
 
 import copy
+import functools
 import io
 import math
 from collections.abc import Mapping
@@ -41,8 +42,9 @@ def double_precision() -> object:
     torch.set_default_dtype(before)
 
 
+@functools.cache
 def plain(case: str, kind: type[PlainKFAC] = PlainKFAC) -> PlainKFAC:
-    """After all steps."""
+    """After all steps. Nothing steps it further."""
     damping, rate, inverse_every = CASES[case]
     reference = kind(network(), damping=damping, l2=ETA, rate=rate, inverse_every=inverse_every, **SCHEDULE)
     for x, y in batches(STEPS):

@@ -11,8 +11,10 @@ import importlib.resources
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
+from typing import Any
 
 from kfac_fx.contracts import Plan
 from kfac_fx.export.page_data import page_data
@@ -36,7 +38,9 @@ def pages(plan: Plan, target: Target) -> dict[str, str]:
 
 def page(plan: Plan) -> str:
     """The page as one text."""
-    encoding, data = encoded(json.dumps(page_data(plan), separators=(",", ":")))
+    content = dict(page_data(plan))
+    content |= {"graphs": [_relative(graph) for graph in content["graphs"]]}
+    encoding, data = encoded(json.dumps(content, separators=(",", ":")))
     name = plan.capture.model_name
     return _filled(
         _asset("page.html"),
@@ -62,6 +66,16 @@ def encoded(text: str) -> tuple[str, str]:
     if len(text) <= PLAIN_LIMIT:
         return "json", text.replace("<", "\\u003c")
     return "deflate", base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def _relative(graph: Sequence[Any]) -> list[Any]:
+    """A drawing whose line numbers count from the one before, so that layers alike are written alike."""
+    boxes, last = [], 0
+    for box in graph[0]:
+        numbers = box[4:]
+        boxes.append([*box[:4], *(number - before for before, number in pairwise([last, *numbers]))])
+        last = numbers[-1] if numbers else last
+    return [boxes, *graph[1:]]
 
 
 def _filled(template: str, slots: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ Enters: nodes with titles and lanes. Leaves: a `Neighbourhood`. Nothing here kno
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, final
 
@@ -115,17 +115,18 @@ def _near(
     place: Mapping[Node, int], boxes: Sequence[Box], backward: Collection[str]
 ) -> tuple[list[Box], set[Arrow]]:
     """Boxes of nodes next to the layer, a few on each side of each node, and their arrows."""
-    near: dict[object, Box] = {}
-    links: set[Arrow] = set()
+    near: dict[Hashable, list[Node]] = {}
+    links: set[tuple[Hashable, int, bool]] = set()
     for node, index in place.items():
         for others, is_input in ((node.all_input_nodes, True), (node.users, False)):
             outside = [n for n in others if n not in place and _is_near(n, boxes[index].lane, backward)]
             for other in outside[:_NEAR_PER_SIDE]:
                 name = label_of(other) if is_inserted(other) else other
-                near.setdefault(name, _near_box(other, boxes[index].lane))
-                other_index = len(boxes) + list(near).index(name)
-                links.add((other_index, index) if is_input else (index, other_index))
-    return list(near.values()), links
+                near.setdefault(name, []).append(other)
+                links.add((name, index, is_input))
+    found = {name: len(boxes) + number for number, name in enumerate(near)}
+    arrows = {(found[name], i) if is_input else (i, found[name]) for name, i, is_input in links}
+    return [_near_box(tuple(dict.fromkeys(nodes)), backward) for nodes in near.values()], arrows
 
 
 def _is_near(other: Node, lane: int, backward: Collection[str]) -> bool:
@@ -136,12 +137,15 @@ def _is_near(other: Node, lane: int, backward: Collection[str]) -> bool:
     return captured and lane == (BACKWARD if other.name in backward else FORWARD)
 
 
-def _near_box(node: Node, lane: int) -> Box:
-    if is_inserted(node):
-        title = label_of(node).removeprefix("inserted, ")
-        return Box(title=title, note="all layers together", lane=lane, kind="near", nodes=(node,))
-    note = f"{shape_text(node)}{node.name}"
-    return Box(title=_operation(node), note=note, lane=lane, kind="near", nodes=(node,))
+def _near_box(nodes: tuple[Node, ...], backward: Collection[str]) -> Box:
+    """The box of a captured node, or of those that scale the directions of all layers."""
+    first = nodes[0]
+    if is_inserted(first):
+        title, note = label_of(first).removeprefix("inserted, "), "all layers together"
+        return Box(title=title, note=note, lane=PRECONDITION, kind="near", nodes=nodes)
+    lane = BACKWARD if first.name in backward else FORWARD
+    note = f"{shape_text(first)}{first.name}"
+    return Box(title=_operation(first), note=note, lane=lane, kind="near", nodes=nodes)
 
 
 def _through(boxes: Sequence[Box]) -> set[Arrow]:

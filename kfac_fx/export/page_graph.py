@@ -62,7 +62,8 @@ class Surveyor:
         precondition = self._preconditions.get(match.key, [])
         keys |= self._state_keys(match, statistics, precondition)
         inside |= {n: STATISTICS for n in statistics} | {n: PRECONDITION for n in precondition}
-        between = {node: inside[node] for node in self._order if node in inside and node not in keys}
+        operations = sorted((node for node in inside if node not in keys), key=self._order.__getitem__)
+        between = {node: inside[node] for node in operations}
         return drawn(keys, between, self._backward)
 
     def _copy(self, captured: Node | None) -> Node | None:

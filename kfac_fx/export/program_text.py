@@ -7,6 +7,7 @@ with a rule where the statistics of a layer start. Tensors of 1 MiB and more are
 from __future__ import annotations
 
 import math
+import operator
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -62,9 +63,7 @@ def program_text(
     known: constants of other programs, whose names are taken. Raises `ExportError` if it calls what only
     another package knows.
     """
-    module = program.module
-    if fxgraph.value(module.graph.output_node().all_input_nodes[0]).is_cuda:
-        module = in_full_float32(module)
+    module = _as_run(program.module)
     _check(module)
     backward = frozenset(node.name for node in plan.capture.backward)
     backward = frozenset(node for node in module.graph.nodes if node.name in backward)
@@ -91,13 +90,18 @@ def program_text(
     )
 
 
+def _as_run(module: GraphModule) -> GraphModule:
+    """The program as `lower` makes it for its device, in eager mode."""
+    on_cuda = fxgraph.value(module.graph.output_node().all_input_nodes[0]).is_cuda
+    return in_full_float32(module) if on_cuda else module
+
+
 def _check(module: GraphModule) -> None:
     for node in module.graph.nodes:
         if node.op == "call_module":
             raise ExportError(f"the program calls the module {node.target}, which is no tensor operation.")
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OperatorBase):
-            namespace = node.target.namespace if isinstance(node.target, torch._ops.OpOverload) else "other"
-            if namespace not in _NAMESPACES:
+        if node.op == "call_function" and node.target is not operator.getitem:
+            if str(node.target).split(".")[0] not in _NAMESPACES:
                 source = user_source(node.stack_trace)
                 raise ExportError(
                     f"the program calls {node.target}{f' ({source})' if source else ''}, which torch alone "

@@ -171,13 +171,17 @@ def _typed(value: Any, hint: Any, *, default: Any) -> tuple[bool, str]:
 
 
 def averaged(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
-    """(1 - weight) old + weight new; the old where the result would not be finite.
+    """(1 - weight) old + weight new; the old where the result would not be finite."""
+    mixed = torch.lerp(old, new, weight.to(new.dtype))
+    return torch.where(all_finite(mixed), mixed, old)
+
+
+def all_finite(tensor: Tensor) -> Tensor:
+    """Whether all entries are: 0-dim bool.
 
     The extremes are finite if and only if all entries are, and take no longer than a sum, which can overflow.
     """
-    mixed = torch.lerp(old, new, weight.to(new.dtype))
-    least, largest = torch.aminmax(mixed)
-    return torch.where(torch.isfinite(least) & torch.isfinite(largest), mixed, old)
+    return torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
 
 
 def kl_clipped(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kfac_fx import host
 from kfac_fx.linalg import add_diagonal, join_orientations
-from kfac_fx.methods.base import KroneckerFactored, identity, norm_recovered, two_sided, zeros
+from kfac_fx.methods.base import KroneckerFactored, all_finite, identity, norm_recovered, two_sided, zeros
 from kfac_fx.methods.costs import factor_shapes
 from kfac_fx.methods.damping import diagonal_inverse
 from kfac_fx.newton import (
@@ -252,5 +252,4 @@ def _averaged(old: Tensor, moment: Tensor, share: float) -> Tensor:
     dims = (0,) if moment.dim() == 1 else (1, 2)
     norm = torch.linalg.vector_norm(moment, dim=dims, keepdim=True)
     mixed = old + share * (moment / (norm + _TINY) - old)
-    finite = torch.isfinite(mixed).all() & torch.isfinite(norm).all()
-    return torch.where(finite, mixed, old)
+    return torch.where(all_finite(mixed) & all_finite(norm), mixed, old)

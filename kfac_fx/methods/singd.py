@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.linalg import join_orientations, mean_eigenvalue
-from kfac_fx.methods.base import KroneckerFactored, identity, zeros
+from kfac_fx.methods.base import KroneckerFactored, all_finite, identity, zeros
 from kfac_fx.methods.costs import factor_shapes
 from kfac_fx.types import LayerMatch, Refreshed, State
 
@@ -96,7 +96,7 @@ class SINGD(KroneckerFactored):
                 momentum = momentum + self.alpha1 * state[f"{side}_momentum"]
                 new[f"{side}_momentum"] = momentum
             new[f"{side}_root"] = self._moved(state[f"{side}_root"], momentum)
-        finite = torch.stack([torch.isfinite(tensor).all() for tensor in new.values()]).all()
+        finite = torch.stack([all_finite(tensor) for tensor in new.values()]).all()
         return {name: torch.where(finite, tensor, state[name]) for name, tensor in new.items()}
 
     def _natural_gradient(self, own: Tensor, length: Tensor, other: Tensor, other_length: Tensor) -> Tensor:

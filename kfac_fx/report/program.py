@@ -30,8 +30,8 @@ _CLASS = re.compile(r"^ *class (?P<name>[^(]+)\(torch\.nn\.Module\):$")
 def readable(module: GraphModule, *, title: str, notes: Sequence[str] = ()) -> str:
     """The graph of `module` as Python, under a header with `title`, the number of nodes and `notes`.
 
-    Its outputs are named where `module.meta["kfac_fx_outputs"]` names them; inputs that nothing reads and that
-    are in `module.meta["kfac_fx_unread"]` are left out.
+    Its outputs are named where `module.meta["kfac_fx_outputs"]` names them; inputs that nothing reads and
+    that are in `module.meta["kfac_fx_unread"]` are left out.
     """
     unread = module.meta.get("kfac_fx_unread", frozenset())
     nodes = {"": _by_name(module)}

@@ -33,6 +33,15 @@ const sizeOf = (factor) => {
 };
 
 async function readData() {
+  const data = await readJson();
+  for (const [boxes] of data.graphs) {
+    let last = 0;
+    for (const box of boxes) for (let i = 4; i < box.length; i++) last = box[i] += last;
+  }
+  return data;
+}
+
+async function readJson() {
   const element = byId("data");
   const text = element.textContent;
   if (element.dataset.encoding === "json") return JSON.parse(text);

@@ -122,7 +122,11 @@ function layerTable(data, showLayer) {
   };
   const detail = (row) => {
     const cell = make("td", { colspan: COLUMNS.length, class: "detail" });
-    const fill = () => cell.replaceChildren(showLayer(row, row.member, (member) => { row.member = member; fill(); }));
+    const fill = () => cell.replaceChildren(showLayer(row, row.member, (member) => {
+      row.member = member;
+      fill();
+      cell.querySelector("select").focus();
+    }));
     fill();
     return make("tr", { class: "inner" }, cell);
   };
