@@ -22,8 +22,11 @@ def gradient_names(plan: Plan) -> list[str]:
 
 
 def initial_state(plan: Plan, match: LayerMatch) -> State:
-    """State tensors of one layer as meta tensors: names, shapes, dtypes."""
-    return plan.method.init(match, dtype=state_dtype(plan, match), device=torch.device("meta"))
+    """State tensors of one layer of the plan as meta tensors: names, shapes, dtypes."""
+    if match.key not in plan.states:
+        meta = torch.device("meta")
+        plan.states[match.key] = plan.method.init(match, dtype=state_dtype(plan, match), device=meta)
+    return plan.states[match.key]
 
 
 def state_dtype(plan: Plan, match: LayerMatch) -> torch.dtype:

@@ -223,7 +223,7 @@ class DampedMethod(Method, Protocol):
 class Plan:
     """The decision for one captured model: the only thing that report, instrument and lower read.
 
-    without: names of the passes that are switched off.
+    without: names of the passes that are switched off. states: what `canonical.initial_state` has found out.
     """
 
     capture: Capture
@@ -235,6 +235,7 @@ class Plan:
     model_flops: int
     render: Callable[[Plan], str] = field(repr=False)
     without: frozenset[str] = frozenset()
+    states: dict[str, State] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def matched(self) -> tuple[LayerMatch, ...]:

@@ -47,11 +47,18 @@ class Draft:
         self.directions: list[Node] = []
         self.back: tuple[Node, ...] = ()
         self.read: tuple[Key, ...] = ()
+        self._finished = False
 
     def __len__(self) -> int:
         """Number of nodes, without state that nothing reads yet."""
-        unread = sum(not node.users for node in self.writer.state_nodes() if not self.read)
-        return len(self.writer.module.graph.nodes) - unread
+        return len(self.writer.module.graph.nodes) - len(self._unread)
+
+    @property
+    def _unread(self) -> frozenset[str]:
+        """Names of state inputs that nothing reads yet; the finished program has none."""
+        if self._finished:
+            return frozenset()
+        return frozenset(node.name for node in self.writer.state_nodes() if not node.users)
 
     @property
     def state_outputs(self) -> dict[Key, Node]:
@@ -82,16 +89,14 @@ class Draft:
         outputs = self.outputs()
         self.read = self.writer.finish(list(outputs.values()), collects=self.collects)
         self.writer.module.meta["kfac_fx_outputs"] = tuple(outputs)
+        self._finished = True
 
     def shown(self) -> GraphModule:
         """The graph as it is now, with the outputs that it has so far; it goes on changing."""
         outputs, module = self.outputs(unfinished=True), self.writer.module
         self.writer.end.args = (tuple(outputs.values()),)
         module.meta["kfac_fx_outputs"] = tuple(outputs)
-        unread = (
-            {node.name for node in self.writer.state_nodes() if not node.users} if not self.read else set()
-        )
-        module.meta["kfac_fx_unread"] = frozenset(unread)
+        module.meta["kfac_fx_unread"] = self._unread
         return module
 
     def distinct(self, direction: Node, match: LayerMatch) -> Node:

@@ -209,7 +209,9 @@ def test_the_drawing_of_a_layer_names_its_nodes_and_their_lines(
             assert any(re.match(rf"\s+{node.name}\b", line) for line in lines[box[4] : box[5] + 1])
         stored = {f.side for f in plan.factors if f.owner == match.key and f.bytes}
         assert {name.split()[1] for name in boxes if name.startswith("new ")} >= stored
-        assert {"direction", "direction of the weight"} <= set(boxes)
+        assert {"gradient as a matrix", "direction", "weight direction"} <= set(boxes)
+        named = [box[0] for box in drawing[0] if box[3] == 0]
+        assert named.count("direction") == named.count("gradient as a matrix") == 1
 
 
 def test_arrows_of_a_drawing_are_edges_of_the_program(

@@ -139,6 +139,19 @@ def test_the_level_debug_adds_a_line_for_each_layer(
         assert any(line.startswith(f"statistics   {layer}: A 1x") for line in lines)
 
 
+def test_the_nodes_of_a_program_add_up_until_it_is_lowered(
+    model: nn.Module, batches: list, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "kfac_fx.passes"):
+        step = compiled(model)
+        step(*batches[0])  # a refresh step: its program reads no state
+    records = [r.args[0] for r in caplog.records if r.args and isinstance(r.args[0], stages.PassRecord)]
+    assert records[-1].name == "lower" and records[-1].did.startswith("batch_statistics")
+    for before, after in zip(records, records[1:], strict=False):
+        assert before.after == after.before
+    assert records[-1].after == len(step.graphs["batch_statistics"].graph.nodes)
+
+
 def test_a_pass_that_fails_is_named(caplog: pytest.LogCaptureFixture) -> None:
     class Branches(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -151,5 +151,5 @@ def _near_box(nodes: tuple[Node, ...], backward: Collection[str]) -> Box:
 def _through(boxes: Sequence[Box]) -> set[Arrow]:
     """From the length of the update to each direction that a parameter gets."""
     length = [i for i, box in enumerate(boxes) if box.kind == "near" and box.lane == PRECONDITION]
-    ends = [i for i, box in enumerate(boxes) if box.title.startswith("direction of")]
+    ends = [i for i, box in enumerate(boxes) if box.title.endswith(" direction")]
     return {(start, end) for start in length for end in ends}

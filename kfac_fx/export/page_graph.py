@@ -7,7 +7,7 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import final
 
 from torch.fx import Node
@@ -44,8 +44,7 @@ class Surveyor:
         captured = list(plan.capture.graph.graph.nodes)
         behind = captured[captured.index(plan.capture.loss) + 1 :]
         self._backward = {node.name for node in (*plan.capture.backward, *behind)}
-        outputs = program.module.graph.output_node().args[0]
-        assert isinstance(outputs, (tuple, list)), "a program returns a tuple"
+        outputs = _returned(program.module.graph.output_node())
         first = 3 + len(program.gradients)
         self._new_state = dict(zip(program.state_outputs, outputs[first:], strict=True))
         first_state = len(plan.capture.graph.graph.find_nodes(op="placeholder"))
@@ -155,20 +154,27 @@ class Surveyor:
                         keys.setdefault(batch, (f"{name} of this batch", STATISTICS))
         for node in statistics:
             keys |= {n: ("share of this batch", STATISTICS) for n in node.all_input_nodes if _is_share(n)}
+        inside = frozenset(precondition)
         for node in precondition:
             if any(label_of(user).startswith("inserted, length") for user in node.users):
-                is_last = not any(user in precondition for user in node.users)
-                keys[node] = ("direction" if is_last else "gradient as a matrix", PRECONDITION)
+                curved = self._reads_state(node, inside)
+                keys[node] = ("direction" if curved else "gradient as a matrix", PRECONDITION)
         for name in filter(None, (match.weight, match.bias)):
             result = self._directions.get(name)
             if result is not None and precondition:
                 which = "weight" if name == match.weight else "bias"
-                keys.setdefault(result, (f"direction of the {which}", PRECONDITION))
+                keys.setdefault(result, (f"{which} direction", PRECONDITION))
         return keys
 
     def _states_read(self, nodes: Sequence[Node]) -> list[Node]:
         """State tensors that the nodes read."""
         return list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n in self._states))
+
+    def _reads_state(self, node: Node, inside: Collection[Node]) -> bool:
+        """Whether the node's value depends on stored or new factors, by way of nodes inside."""
+        behind = {node, *_ancestors(node, lambda n: n in inside)}
+        factors = self._states.union(self._new_state.values())
+        return any(read in factors for other in behind for read in other.all_input_nodes)
 
     def _splices(self) -> dict[str, list[Node]]:
         """The nodes that precondition each layer, by key. Layers of one name follow in the plan's order."""
@@ -190,6 +196,11 @@ class Surveyor:
             if label.startswith(f"inserted, {prefix}"):
                 found.setdefault(label.removeprefix(f"inserted, {prefix}"), []).append(node)
         return found
+
+
+def _returned(output: Node) -> list[Node]:
+    assert isinstance(output.args[0], (tuple, list)), "a program returns a tuple"
+    return [node for node in output.args[0] if isinstance(node, Node)]
 
 
 def _connected(nodes: Sequence[Node]) -> list[list[Node]]:

@@ -16,22 +16,23 @@ from kfac_fx.report.rows import Cost, LayerRow, Totals, forward_order, layer_row
 from kfac_fx.report.skips import SkipRow, skip_rows
 from kfac_fx.types import FactorSpec
 
-WIDTH = 1320
+WIDTH = 1330
 _SIDE = 38.0
 _ROW = 21
 _TOP = 84
-_LABEL, _A, _G, _SIZES, _STATE, _WORK, _SOURCE = 12, 322, 374, 412, 596, 724, 858
+_LABEL, _A, _G, _SIZES, _STATE, _WORK, _SOURCE = 12, 322, 374, 412, 616, 744, 878
 _BAR = 62
 _NUMBER = 112
 _SCALE = "The area of a square is proportional to d. Memory grows with d^2, the cost of inversion with d^3."
 _STYLE = """
-.strip{--ink:#1c2430;--dim:#5b6675;--rule:#e3e7ec;--A:#0d7d78;--G:#b7791f;--bar:#8a97a8;--hover:#eef3f8;
+.strip{--ink:#1c2430;--dim:#5b6675;--rule:#e3e7ec;--A:#0d7d78;--G:#b7791f;--bar:#8a97a8;--hover:#eef3f8;--sheet:#fff;
 font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 @media (prefers-color-scheme:dark){.strip{--ink:#e4e8ee;--dim:#9aa6b5;--rule:#2c343f;--A:#35b0a7;--G:#dba23f;
---bar:#6b788a;--hover:#222b36}}
+--bar:#6b788a;--hover:#222b36;--sheet:#1a1f27}}
 .strip text{fill:var(--ink)}.strip .dim{fill:var(--dim)}.strip .num{font-variant-numeric:tabular-nums}
 .strip .A{fill:var(--A)}.strip .G{fill:var(--G)}.strip .bar{fill:var(--bar)}.strip .rule{stroke:var(--rule)}
-.strip .hit{fill:transparent}.strip a:hover .hit,.strip a:focus .hit{fill:var(--hover)}
+.strip .sheet{fill:var(--sheet)}.strip .hit{fill:transparent}
+.strip a:hover .hit,.strip a:focus .hit{fill:var(--hover)}
 .strip a:focus{outline:none}.strip a:focus-visible .hit{stroke:var(--A);stroke-width:2}
 .strip .head{font-weight:600}.strip .mono{font-family:ui-monospace,Consolas,monospace;font-size:11px}
 """
@@ -57,11 +58,12 @@ def strip(plan: Plan, *, page: str = "") -> str:
     for reason, skip in skips:
         parts.append(_skip(reason, skip, y))
         y += _ROW
+    sheet = f'<rect class="sheet" width="{WIDTH}" height="{y + 10}"/>' if page else ""
     title = f"{plan.capture.model_name}, method {plan.method.name}: layers and their factors"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="strip" width="{WIDTH}" height="{y + 10}" '
         f'viewBox="0 0 {WIDTH} {y + 10}" role="group" aria-label="{escape(title)}">'
-        f"<style>{_STYLE}</style>{''.join(parts)}</svg>"
+        f"<style>{_STYLE}</style>{sheet}{''.join(parts)}</svg>"
     )
 
 
@@ -143,14 +145,13 @@ def _row(
     label = shortened(row.label, 42) + (f"  x{row.count}" if row.count > 1 else "")
     factors = [factor for factor in row.factors[0] if factor.side in "AGF"]
     shapes = [_factor(factor, middle, largest) for factor in factors]
-    shared = any(f.side == "A" and f.shared_with for f in factors)
-    sizes = ", ".join(f"{f.side} {size_words(f)}" for f in factors)
+    sizes = ", ".join(f"{f.side} {'shared' if f.shared_with else size_words(f)}" for f in factors)
     state, work = row.total.state_bytes, per_step(row.total, sums)
     source = f"{match.source}  {match.source.code}" if match.source else ""
     cells = [
         _text(_LABEL, middle + 4, label, ""),
         *shapes,
-        _text(_SIZES, middle + 4, shortened(sizes + (" (A shared)" if shared else ""), 30), "num dim"),
+        _text(_SIZES, middle + 4, _cut(sizes, 34), "num dim"),
         _bar(_STATE, middle, state / most[0]),
         _text(_STATE + _NUMBER, middle + 4, bytes_text(state), "num", place="end"),
         _bar(_WORK, middle, work / most[1]),
@@ -193,7 +194,7 @@ def _bar(x: float, middle: float, share: float) -> str:
 def _skip(reason: str, skip: SkipRow, y: float) -> str:
     count = f"  x{len(skip.members)}" if len(skip.members) > 1 else ""
     numel = sum(member.numel for member in skip.members)
-    title = f"{skip.label}: {reason}, {skip.detail}; {numel:,} elements. {skip.members[0].advice}"
+    title = f"{skip.label}: {reason}, {skip.detail}; {numel:,} elements. {skip.reason.advice}"
     return (
         f"<g><title>{escape(title)}</title>"
         + _text(_LABEL, y + 15, shortened(skip.label, 42) + count, "dim")

@@ -5,7 +5,10 @@ const factorText = (layer, sides) => {
   if (!factor) return "–";
   return (factor.side === "F" ? "F " : "") + sizeOf(factor) + (factor.shared_with ? " *" : "");
 };
-const factorCell = (row, sides) => [...new Set(row.layers.map((layer) => factorText(layer, sides)))].join(", ");
+const factorCell = (row, sides) => {
+  const texts = [...new Set(row.layers.map((layer) => factorText(layer, sides)))];
+  return texts.length === 1 ? texts[0] : `${texts[0]} …`;
+};
 const sourceText = (source) => (source ? `${source.file}:${source.line}` : "");
 const COLUMNS = [
   { name: "layer", key: (row) => row.label, text: true },
