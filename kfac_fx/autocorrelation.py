@@ -31,8 +31,9 @@ Lags = Callable[[Tensor, Geometry], Tensor]
 
 def input_moment(x: Tensor, geometry: Geometry, *, form: Form, ones: bool) -> InputMoment:
     """What the patches of a convolution's input add up to, computed in this form."""
-    x = x.to(statistics_dtype(x.dtype))
-    sums = position_sums(x.sum(0, keepdim=True), geometry, ones=ones)
+    wide = x.to(statistics_dtype(x.dtype))
+    x = x if form in ("patches", "pixels") else wide  # `gram` knows rows of half precision
+    sums = position_sums(wide.sum(0, keepdim=True), geometry, ones=ones)
     count = x.shape[0] * sums.positions
     return InputMoment(moment=patch_moment(x, geometry, form), total=sums.sums[:, 0], count=count, ones=ones)
 

@@ -7,6 +7,8 @@ The backward passes of the Fisher follow the training backward in the same graph
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import final
@@ -43,7 +45,7 @@ def capture(
     trace = Trace()
     joint = _joint_function(model, loss_fn, batch, parameters, buffers, fisher, trace)
     flat = _distinct([*parameters.values(), *buffers.values(), *batch.tensors])
-    with fxgraph.TRACING, _tracing_context(model), _attributes_restored(model):
+    with fxgraph.TRACING, _tracing_context(model), _attributes_restored(model), _without_torchs_log():
         try:
             module = make_fx(
                 joint, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True
@@ -174,6 +176,21 @@ def _tracing_context(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _without_torchs_log() -> Iterator[None]:
+    """Keep torch from logging the traceback of an operator that cannot be traced: the error itself tells."""
+    logger, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+
+    def other(record: logging.LogRecord) -> bool:
+        return record.thread != thread or not record.getMessage().startswith("failed while attempting")
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
+@contextlib.contextmanager
 def _no_autocast() -> Iterator[None]:
     """Autograd runs each backward in the dtype of its forward; an active autocast would cast it again."""
     with contextlib.ExitStack() as stack:
@@ -196,6 +213,9 @@ def _explain(error: Exception, model: nn.Module, batch: Batch) -> CaptureError:
     elif "use_reentrant" in str(error) or "Checkpointing is not compatible" in str(error):
         problem = "reentrant activation checkpointing cannot be captured"
         remedy = "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+    elif "grouped_mm" in where:
+        problem = f"torch cannot trace grouped_mm here ({first.rstrip('.')})"
+        remedy = "Compute the experts without it (transformers: model.set_experts_implementation('batched_mm'))."
     else:
         problem = f"{kind}: {first}"
         remedy = _input_hint(model, batch)

@@ -218,6 +218,21 @@ class DampedMethod(Method, Protocol):
         ...
 
 
+@runtime_checkable
+class RoundingMethod(Method, Protocol):
+    """A method that can ask for statistics of rounded rows."""
+
+    @property
+    def statistics_precision(self) -> str:
+        """Of the rows a and g that statistics are taken of: "full", or rounded to "bfloat16"."""
+        ...
+
+
+def rounds_rows(method: Method) -> bool:
+    """Whether its statistics are those of rows rounded to bfloat16."""
+    return isinstance(method, RoundingMethod) and method.statistics_precision == "bfloat16"
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -246,6 +261,11 @@ class Plan:
     def skipped(self) -> tuple[Skip, ...]:
         """Parameters left to the base optimizer, with reasons."""
         return self.matches.skipped
+
+    @property
+    def rounds_rows(self) -> bool:
+        """Whether statistics are those of rows rounded to bfloat16."""
+        return rounds_rows(self.method)
 
     @property
     def coverage(self) -> float:

@@ -42,7 +42,7 @@ class InputError(KfacFxError):
 
 
 class UnsupportedModelError(KfacFxError):
-    """`strict=True` and some parameters cannot be preconditioned."""
+    """`strict=True` and some parameters cannot be preconditioned; or a setting that their dtype rules out."""
 
 
 class UnknownNameError(KfacFxError):

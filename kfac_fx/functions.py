@@ -140,6 +140,7 @@ def statistics_function(
             sharing=plan.sharing,
             ignores=plan.capture.loss_info.ignores,
             readers=_reader_values(plan, match, tensors[num_nodes + 1 : start]),
+            rounded=plan.rounds_rows,
         )
         dtype = state_dtype(plan, match)
         state = dict(zip(names, tensors[start:], strict=True))

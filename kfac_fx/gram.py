@@ -68,16 +68,16 @@ class PositionSums:
 
 def moment_of_rows(use: InputRows) -> InputMoment:
     """From rows that are written out."""
-    rows = _wide(use.rows)
+    rows = use.rows
     count: Tensor | int = rows.shape[1] * rows.shape[2]
     if use.kept is not None:
         rows, count = rows * use.kept.to(rows.dtype).unsqueeze(-1), use.kept.sum().clamp(min=1)
-    return InputMoment(moment=gram(rows), total=rows.sum((1, 2)), count=count, ones=use.ones)
+    return InputMoment(moment=gram(rows), total=wide(rows).sum((1, 2)), count=count, ones=use.ones)
 
 
 def sums_of_rows(use: InputRows) -> PositionSums:
     """From rows that are written out."""
-    return PositionSums(sums=_wide(use.rows).sum(2), positions=use.rows.shape[2], ones=use.ones)
+    return PositionSums(sums=wide(use.rows).sum(2), positions=use.rows.shape[2], ones=use.ones)
 
 
 def input_moment(uses: Sequence[InputMoment], *, bias: bool) -> Tensor:
@@ -113,11 +113,13 @@ def gram(rows: Tensor) -> Tensor:
     """Sum of row^T row: [groups, N, T, d] or [groups, m, d] -> [groups, d, d].
 
     Where the positions lie side by side in memory (images of channels), rows are not brought together: few
-    features get a product per example, many one product of channels.
+    features get a product per example, many one product of channels. Rows of half precision are multiplied
+    in float32; those of bfloat16 on CUDA as they are (exact products, summed in float32).
     """
+    rows = rows if _multiplied_narrow(rows) else wide(rows)
     if rows.dim() == 4 and rows.stride(-2) == 1 and rows.stride(-1) != 1:
         if rows.shape[2] >= 4 * rows.shape[3]:
-            return (rows.mT @ rows).sum(1)
+            return _product(rows.mT, rows).sum(1)
         return _symmetric_product(rows.permute(0, 3, 1, 2).flatten(2).mT)
     flat = rows.flatten(1, -2)
     return _symmetric_product(flat[0]).unsqueeze(0) if flat.shape[0] == 1 else _symmetric_product(flat)
@@ -127,16 +129,38 @@ def _symmetric_product(rows: Tensor) -> Tensor:
     """rows^T rows: [..., m, d] -> [..., d, d]. Of large ones blocks of the upper half alone are computed."""
     d = rows.shape[-1]
     if d < _LARGE:
-        return rows.mT @ rows
+        return _product(rows.mT, rows)
     size = -(-d // _BLOCKS)
     starts = range(0, d, size)
-    upper = [rows[..., start : start + size].mT @ rows[..., start:] for start in starts]
+    upper = [_product(rows[..., start : start + size].mT, rows[..., start:]) for start in starts]
     lines = []
     for place, start in enumerate(starts):
         columns = [slice(start - other, start - other + size) for other in starts[:place]]
         mirrored = [upper[i][..., c].mT for i, c in enumerate(columns)]
         lines.append(torch.cat([*mirrored, upper[place]], -1))
     return torch.cat(lines, -2)
+
+
+def rounded(rows: Tensor) -> Tensor:
+    """Rows rounded to bfloat16: of that dtype where `gram` multiplies it, else these values in float32."""
+    narrow = rows.to(torch.bfloat16)
+    return narrow if _multiplied_narrow(narrow) else narrow.to(torch.float32)
+
+
+def _multiplied_narrow(rows: Tensor) -> bool:
+    """CUDA alone has products of bfloat16 with a result in float32; on CPUs torch rounds the result too."""
+    return rows.dtype == torch.bfloat16 and rows.device.type == "cuda"
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix products in float32 or float64: [..., k, m] and [..., m, d] -> [..., k, d]."""
+    if right.dtype != torch.bfloat16:
+        return left @ right
+    if right.dim() == 2:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    batch = right.shape[:-2]
+    flat = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
+    return flat.unflatten(0, batch)
 
 
 def output_moment(uses: Sequence[Tensor], inverse_scale: Tensor, *, sharing: Sharing) -> Tensor:
@@ -147,20 +171,18 @@ def output_moment(uses: Sequence[Tensor], inverse_scale: Tensor, *, sharing: Sha
     summed within one entry, so uses of one pass must be concatenated over positions before. inverse_scale:
     1/R_, 0-dim.
     """
-    rows = [_wide(use) for use in uses]
-    if sharing == "reduce":
-        rows = [use.sum(2, keepdim=True) for use in rows]
+    rows = uses if sharing == "expand" else [wide(use).sum(2, keepdim=True) for use in uses]
     return _total([gram(use) for use in rows]) * inverse_scale
 
 
 def output_diagonal(uses: Sequence[Tensor], inverse_scale: Tensor) -> Tensor:
     """diag(G) of the expand setting without forming G: [groups * d]."""
-    return _total([(_wide(use) ** 2).sum((1, 2)).reshape(-1) for use in uses]) * inverse_scale
+    return _total([(wide(use) ** 2).sum((1, 2)).reshape(-1) for use in uses]) * inverse_scale
 
 
 def block_moment(rows: Sequence[Tensor], inverse_scale: Tensor) -> Tensor:
     """F per channel from per-row products. rows: [rows, channels, k] each. Returns [channels, k, k]."""
-    stacked = [_wide(row).permute(1, 0, 2) for row in rows]
+    stacked = [wide(row).permute(1, 0, 2) for row in rows]
     return _total([row.mT @ row for row in stacked]) * inverse_scale
 
 
@@ -231,7 +253,8 @@ def upsampled(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
     )
 
 
-def _wide(rows: Tensor) -> Tensor:
+def wide(rows: Tensor) -> Tensor:
+    """Rows in the precision of factors."""
     return rows.to(statistics_dtype(rows.dtype))
 
 

@@ -56,8 +56,20 @@ def make_plan(
         render=render,
         without=without,
     )
+    if plan.rounds_rows:
+        _check_rounding(plan)
     specs = [spec for m in matches.matched for spec in method.factors(m, dtype=state_dtype(plan, m))]
     return replace(plan, factors=tuple(specs))
+
+
+def _check_rounding(plan: Plan) -> None:
+    """Rounding the rows of a float64 layer to bfloat16 is refused: it would hide what float64 is for."""
+    for match in plan.matched:
+        if state_dtype(plan, match) == torch.float64:
+            raise UnsupportedModelError(
+                f"statistics_precision='bfloat16': parameter {match.weight!r} is float64. Convert the model "
+                "with model.float(), or keep statistics_precision='full'."
+            )
 
 
 def _largest(match: LayerMatch, method: Method) -> int:

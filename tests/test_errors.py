@@ -2,12 +2,14 @@
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import kfac_fx
@@ -123,6 +125,32 @@ def test_a_model_that_fails_by_itself_says_where_and_why() -> None:
     text = message(errors.CaptureError, kfac_fx.compile(model, F.cross_entropy), *batch())
     said(text, "Sequential", "[5, 6]", "[5, 3]")
     assert "backward" not in text, "the forward failed"
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.grouped_mm(x, self.experts, offs=torch.tensor([3, 5], dtype=torch.int32, device=x.device))
+
+
+def test_an_operator_that_cannot_be_traced_is_told_once_and_torch_logs_nothing() -> None:
+    logger, seen = logging.getLogger("torch._subclasses.fake_tensor"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    model, x = Grouped(), torch.randn(5, 16)
+    logger.addHandler(handler)
+    try:
+        text = message(errors.CaptureError, kfac_fx.inspect, model, F.mse_loss, x, x)
+        assert not seen
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(RuntimeError):
+            model(mode.from_tensor(x))
+        assert "failed while attempting to run meta" in seen[0]  # torch's own habit, which comes back
+    finally:
+        logger.removeHandler(handler)
+    said(text, "Grouped", line_of(Grouped.forward, "grouped_mm"), "set_experts_implementation('batched_mm')")
 
 
 def test_a_model_without_parameters_is_refused() -> None:

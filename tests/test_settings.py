@@ -38,7 +38,7 @@ def test_the_numbers_of_the_standard_types_are_covered() -> None:
     """Every setting is a number, a bool, a pair, or a choice of strings, which `METHODS` checks itself."""
     covered = {(p.values[0], p.values[1]) for p in SETTINGS}
     others = {f.name for kind in METHODS.values() for f in fields(kind) if (kind, f.name) not in covered}
-    assert others == {"damping_rule", "guard", "strategy", "scale"}
+    assert others == {"damping_rule", "guard", "strategy", "scale", "statistics_precision"}
     assert {"statistics_every", "damping", "damping_bounds", "kl_clip", "decay"} <= {n for _, n in covered}
 
 
@@ -59,6 +59,7 @@ def test_numbers_of_numpy_and_whole_numbers_for_real_ones_are_taken() -> None:
         (kfac_fx.SINGD, {"inverse_every": 5}, "inverse_every=5): must be 0, since nothing is inverted"),
         (kfac_fx.NKFAC, {"decay": 1.0}, "decay=1.0): must lie in [0, 1)"),
         (kfac_fx.NKFAC, {"guard": ["spectral"]}, "guard=['spectral']): must be one of 'frobenius'"),
+        (kfac_fx.KFAC, {"statistics_precision": "float16"}, "statistics_precision='float16'): must be 'full' or"),
         (kfac_fx.KFAC, {"damping_rule": 3}, "damping_rule=3): must be one of tikhonov"),
     ],
 )

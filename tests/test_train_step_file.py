@@ -22,7 +22,8 @@ from kfac_fx.export.train_step import export_train_step, train_step
 from kfac_fx.target import Target
 
 STEPS = 10
-SCHEDULE = {"statistics_every": 2, "inverse_every": 4}
+SCHEDULE: dict[str, Any] = {"statistics_every": 2, "inverse_every": 4}
+ROUNDED: dict[str, Any] = {**SCHEDULE, "statistics_precision": "bfloat16"}
 RUN = """
 import importlib.util, pathlib, sys
 import torch
@@ -163,14 +164,14 @@ def run_without_library(*arguments: str | Path, cwd: Path) -> list[str]:
 Case = tuple[Callable[[], Target], Any, dict[str, Any]]
 CASES: dict[str, Case] = {
     "kfac": (pixels, kfac_fx.KFAC(**SCHEDULE), {"fisher": "mc"}),
-    "kfc": (pixels, kfac_fx.KFC(spatially_uncorrelated_activations=True, **SCHEDULE), {}),
+    "kfc": (pixels, kfac_fx.KFC(spatially_uncorrelated_activations=True, **ROUNDED), {}),
     "ekfac": (pixels, kfac_fx.EKFAC(**SCHEDULE), {}),
     "diagonal": (pixels, kfac_fx.Diagonal(statistics_every=3), {}),
     "singd": (pixels, kfac_fx.SINGD(statistics_every=2), {}),
     "nkfac": (pixels, kfac_fx.NKFAC(statistics_every=1, inverse_every=2), {}),
     "skfac": (pixels, kfac_fx.SKFAC(strategy="subsample", positions=2, window=2, **SCHEDULE), {}),
     "kfac_on_words": (words, kfac_fx.KFAC(damping_rule="tikhonov", **SCHEDULE), {}),
-    "foof": (words, kfac_fx.FOOF(**SCHEDULE), {}),
+    "foof": (words, kfac_fx.FOOF(**ROUNDED), {}),
     "ikfac": (words, kfac_fx.IKFAC(statistics_every=3), {}),
     "adankfac": (words, kfac_fx.AdaNKFAC(statistics_every=2, inverse_every=2), {}),
     "skfac_on_words": (words, kfac_fx.SKFAC(**SCHEDULE), {"sharing": "reduce"}),

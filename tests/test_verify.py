@@ -114,7 +114,7 @@ def violated(found: Verification) -> dict[str, set[str]]:
         (transformer, {"method": "ekfac", "sharing": "reduce"}),
         (transformer, {"fisher": "type2", "exclude": ("experts",)}),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_sound_models_are_ok_in_every_part(make: Callable[[], Example], options: dict[str, Any]) -> None:
     found = kfac_fx.verify(*seeded(make), **options)

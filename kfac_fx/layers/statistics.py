@@ -36,7 +36,7 @@ class MatchStatistics:
 
     kinds: layer kind of each use, by name. ignores: the loss can ignore terms, so that a row whose gradient
     is zero in every pass is padding and is left out of A (methods.md 1.1). readers: uses of the other layers
-    that share A.
+    that share A. rounded: rows a and g are rounded to bfloat16 first, except those of scales and shifts.
     """
 
     match: LayerMatch
@@ -46,6 +46,7 @@ class MatchStatistics:
     sharing: Sharing
     ignores: bool = False
     readers: tuple[tuple[UseValues, ...], ...] = ()
+    rounded: bool = False
 
     @property
     def structure(self) -> str:
@@ -107,7 +108,7 @@ class MatchStatistics:
     def output_rows(self, *, reduced: bool, positions: Sequence[Tensor] | None = None) -> Tensor:
         """Rows X with X^T X = G: [groups, m, d_out]."""
         uses = self._oriented(False)
-        per_use = [[self._scaled(values, g) for g in values.g] for values in uses]
+        per_use = [[self._gradient_rows(values, g) for g in values.g] for values in uses]
         if reduced:
             joined = [torch.cat(passes, 2) for passes in zip(*per_use, strict=True)]
             return rows.output_rows(joined, self.inverse_scale, reduced=True)
@@ -133,7 +134,7 @@ class MatchStatistics:
             for values in self.uses:
                 assert values.a is not None
                 index = self._kind(values.use).input_rows(values.use, values.a, values.operands)
-                lookups.append((index, self._scaled(values, values.g[number])))
+                lookups.append((index, self._gradient_rows(values, values.g[number])))
             padding_idx = self.uses[0].use.options["padding_idx"]
             return rows.squared_projections_of_indices(
                 lookups, output_basis, size=self.match.d_in, padding_idx=padding_idx
@@ -143,7 +144,7 @@ class MatchStatistics:
 
     def _factors_of_gradients(self, values: UseValues, number: int) -> tuple[gram.InputRows, Tensor]:
         """Rows whose products are the gradients: (a, g), or (g, a) of a use of opposite orientation."""
-        g_rows = self._scaled(values, values.g[number])
+        g_rows = self._gradient_rows(values, values.g[number])
         if values.use.options.get("swapped", False):
             return gram.InputRows(rows=g_rows, ones=False), self._input_rows(values).rows
         if self.structure != "diagonal":
@@ -160,7 +161,7 @@ class MatchStatistics:
         moments = []
         for values in self.uses:
             assert values.a is not None and values.use.geometry is not None
-            moments.append(rows.channel_moments(values.a, values.use.geometry))
+            moments.append(rows.channel_moments(self._precise(values.a), values.use.geometry))
         means, seconds = (torch.stack(parts).mean(0) for parts in zip(*moments, strict=True))
         return means, seconds
 
@@ -173,15 +174,15 @@ class MatchStatistics:
     def _input_rows(self, values: UseValues) -> gram.InputRows:
         assert values.a is not None
         a = self._kind(values.use).input_rows(values.use, values.a, values.operands)
-        return gram.InputRows(rows=a, ones=values.use.bias, kept=self._kept(values))
+        return gram.InputRows(rows=self._precise(a), ones=values.use.bias, kept=self._kept(values))
 
     def _position_sums(self, values: UseValues) -> gram.PositionSums:
         """Of all rows, also those of ignored terms."""
         geometry, a = values.use.geometry, values.a
         assert a is not None
         if geometry is not None:
-            return autocorrelation.position_sums(a, geometry, ones=values.use.bias)
-        a = self._kind(values.use).input_rows(values.use, a, values.operands)
+            return autocorrelation.position_sums(self._precise(a), geometry, ones=values.use.bias)
+        a = self._precise(self._kind(values.use).input_rows(values.use, a, values.operands))
         return gram.sums_of_rows(gram.InputRows(rows=a, ones=values.use.bias))
 
     def _moment(self, values: UseValues) -> gram.InputMoment:
@@ -190,7 +191,8 @@ class MatchStatistics:
             return gram.moment_of_rows(self._input_rows(values))
         assert values.a is not None
         form = values.use.options["form"]
-        return autocorrelation.input_moment(values.a, geometry, form=form, ones=values.use.bias)
+        a = self._precise(values.a)
+        return autocorrelation.input_moment(a, geometry, form=form, ones=values.use.bias)
 
     def _kept(self, values: UseValues) -> Tensor | None:
         """1 for rows with a gradient in some pass of some reader of the input, else 0: [N, T]. None: all."""
@@ -221,12 +223,19 @@ class MatchStatistics:
         g_rows = self._kind(values.use).output_rows(values.use, g, values.operands)
         return g_rows if values.use.scale == 1.0 else g_rows * values.use.scale
 
+    def _gradient_rows(self, values: UseValues, g: Tensor) -> Tensor:
+        return self._precise(self._scaled(values, g))
+
+    def _precise(self, rows: Tensor) -> Tensor:
+        """In the precision in which second moments are taken."""
+        return gram.rounded(rows) if self.rounded else gram.wide(rows)
+
     def _output_rows(self, uses: tuple[UseValues, ...]) -> list[Tensor]:
         """One entry per use and pass.
 
         Uses of one pass are joined over positions where positions are summed.
         """
-        per_use = [[self._scaled(values, g) for g in values.g] for values in uses]
+        per_use = [[self._gradient_rows(values, g) for g in values.g] for values in uses]
         if self.sharing == "expand" or self.structure == "diagonal":
             return [g_rows for passes in per_use for g_rows in passes]
         return [torch.cat(passes, 2) for passes in zip(*per_use, strict=True)]

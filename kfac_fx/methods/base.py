@@ -25,7 +25,9 @@ class KroneckerFactored:
     """Settings that all methods share, and the behaviour of factors A and G under rule E1 of methods.md 1.5.
 
     decay: weight of the old average per statistics update. statistics_every, inverse_every: steps.
-    max_factor_dim: larger layers are left to the optimizer.
+    max_factor_dim: larger layers are left to the optimizer. statistics_precision: "full", or "bfloat16": of
+    rows a and g rounded to bfloat16, with sums and factors in float32, as tensor cores of CUDA multiply them
+    (elsewhere in float32, which is no faster); blocks of scales and shifts stay full.
     paper, stored, costs: for the table of `kfac-fx methods`. What the state of a layer holds and its number
     of elements; FLOPs of statistics, refresh and apply each time they run: in d_A, d_G, rows n and columns m
     (methods.md 16.6), for the default settings.
@@ -35,6 +37,7 @@ class KroneckerFactored:
     statistics_every: int = 1
     inverse_every: int = 10
     max_factor_dim: int = 8192
+    statistics_precision: str = "full"
 
     damping: ClassVar[float] = 0.0
     kl_clip: ClassVar[float | None] = None
@@ -55,6 +58,8 @@ class KroneckerFactored:
             self._check("inverse_every", self.inverse_every == 0, "must be 0, since nothing is inverted")
         self._check("decay", 0 <= self.decay <= 1, "must lie in [0, 1]")
         self._check("damping", 0 <= self.damping < math.inf, "must be finite and not negative")
+        known = self.statistics_precision in ("full", "bfloat16")
+        self._check("statistics_precision", known, "must be 'full' or 'bfloat16'")
         clips = self.kl_clip is None or self.kl_clip > 0
         self._check("kl_clip", clips, "must be positive, or None for no clipping")
 

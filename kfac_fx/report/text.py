@@ -72,6 +72,8 @@ def header_lines(plan: Plan, *, width: int | None = None) -> list[Line]:
         f"fisher {plan.fisher}",
         f"{sums.nodes:,} nodes captured",
     ]
+    if plan.rounds_rows:
+        title.append("statistics of bfloat16 rows")
     if plan.without:
         title.append(f"without {', '.join(sorted(plan.without))}")
     share = sums.skipped / sums.trainable if sums.trainable else 0.0

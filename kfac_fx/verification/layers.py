@@ -21,7 +21,7 @@ from kfac_fx.verification.module_rows import rows_at_modules
 from kfac_fx.verification.moments import Moments, expected_blocks, expected_statistic, sharing_of
 from kfac_fx.verification.ours import Ours, Outputs
 from kfac_fx.verification.records import Check, LayerVerdict
-from kfac_fx.verification.rows import BlockRows, UseRows, block_gradient, gradient
+from kfac_fx.verification.rows import BlockRows, UseRows, block_gradient, gradient, rounded_to_bfloat16
 from kfac_fx.verification.solves import expected_direction
 from kfac_fx.verification.tolerance import Tolerance, compared, distance, joined
 
@@ -45,7 +45,8 @@ class Evidence:
 def verdict(match: LayerMatch, evidence: Evidence) -> LayerVerdict:
     """Gradient, statistics and direction of one layer; `update` is added by the caller."""
     from_graph = rows_in_graph(match, evidence.values)
-    at_modules = _module_rows(match, evidence)
+    rounds = evidence.ours.plan.rounds_rows  # rows that differ in their last bit can round apart
+    at_modules = None if rounds else _module_rows(match, evidence)
     rows = from_graph if at_modules is None else at_modules
     statistics, factors = _statistics(match, rows, evidence)
     checks = (
@@ -139,6 +140,8 @@ def _moments(match: LayerMatch, rows: Rows, evidence: Evidence, scale: float) ->
     if match.structure == "block":
         return [r for r in rows if isinstance(r, BlockRows)]
     uses = [r for r in rows if isinstance(r, UseRows)]
+    if evidence.ours.plan.rounds_rows:
+        uses = [rounded_to_bfloat16(use) for use in uses]
     sharing = sharing_of(evidence.ours.plan.method, match)
     kept = [_kept(match, place, evidence) if sharing == "expand" else None for place in range(len(uses))]
     return Moments(match=match, uses=uses, inverse_scale=scale, sharing=sharing, kept=kept)

@@ -82,6 +82,12 @@ class BlockRows:
         return torch.stack([*parts, shift * float(self.ones)] if bias else parts, -1)
 
 
+def rounded_to_bfloat16(use: UseRows) -> UseRows:
+    """The same rows, each entry the nearest number of bfloat16."""
+    g = tuple(one.bfloat16().to(one.dtype) for one in use.g)
+    return replace(use, read=lambda part: use.read(part).bfloat16().float(), g=g)
+
+
 def gradient(uses: Sequence[UseRows], *, bias: bool) -> tuple[Tensor, Tensor]:
     """(sum of g a^T, sum of |g| |a|^T) of the loss' own pass: [groups, d_out, d_in(+1)] each.
 

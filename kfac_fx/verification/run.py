@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kfac_fx import guards
-from kfac_fx.contracts import Method
+from kfac_fx.contracts import Method, rounds_rows
 from kfac_fx.errors import CaptureError, check_choice
 from kfac_fx.methods import resolve
 from kfac_fx.report.rows import forward_order
@@ -55,7 +55,7 @@ def verify(
         sharing: as in `compile`.
         exclude: as in `compile`.
         float64: run in float64, where rounding hides nothing, if the model does; else in its own dtype with
-            tolerances of that dtype.
+            tolerances of that dtype, as with `statistics_precision="bfloat16"`.
 
     Raises:
         KfacFxError: as `compile` and its first step do, or if the model cannot be copied.
@@ -66,16 +66,20 @@ def verify(
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     guards.check_exclude(patterns, model)
     guards.check_trainable(model)
-    subject = subject_of(model, loss_fn, inputs, targets, float64=float64)
+    method = resolve(method)
+    wide = float64 and not rounds_rows(method)  # rows of float64 round to others
+    subject = subject_of(model, loss_fn, inputs, targets, float64=wide)
+    if float64 and not wide:
+        subject = replace(subject, note="the model's own, since statistics are of rows rounded to bfloat16")
     options = {"fisher": fisher, "sharing": sharing, "exclude": patterns}
     try:
-        ours = our_results(subject, method=resolve(method), options=options)
+        ours = our_results(subject, method=method, options=options)
     except CaptureError as error:
         if subject.dtype != torch.float64:
             raise
         subject = subject_of(model, loss_fn, inputs, targets, float64=False)
         subject = replace(subject, note=f"the model's own; in float64 {error}")
-        ours = our_results(subject, method=resolve(method), options=options)
+        ours = our_results(subject, method=method, options=options)
     found = _verified(subject, ours)
     return replace(found, seconds=time.perf_counter() - begun)
 

@@ -95,7 +95,7 @@ function drawGraph(data, graph) {
       onmouseenter: () => light(true), onmouseleave: () => light(false), onfocus: () => light(true), onblur: () => light(false),
     });
     group.append(make("rect", { x, y, width: BOX.width, height: BOX.height, rx: kind === 1 ? 16 : 3 }),
-      make("text", { class: "name", x: x + 10, y: y + 15 }, cut(title, 21)),
+      make("text", { class: "name", x: x + 10, y: y + 15 }, cut(title, 20)),
       make("text", { class: "note", x: x + 10, y: y + 29 }, cut(note, 21)));
     const tip = document.createElementNS(SVG, "title");
     tip.textContent = `${title}\n${note}${lines}`;
