@@ -13,6 +13,7 @@ import typer
 import kfac_fx
 from kfac_fx.contracts import Plan
 from kfac_fx.errors import KfacFxError
+from kfac_fx.lower import BACKENDS
 from kfac_fx.target import Target, load_target
 
 app = typer.Typer(
@@ -37,6 +38,10 @@ Excluded = Annotated[
 Without = Annotated[
     list[str] | None,
     typer.Option("--without", metavar="PASS", help="Switch a pass off, for debugging; repeatable."),
+]
+BackendName = Annotated[str, typer.Option("--backend", help=f"Of compiled steps: {', '.join(BACKENDS)}.")]
+RefreshName = Annotated[
+    str, typer.Option("--refresh", help="Inverses: together, or staggered over the period.")
 ]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")]
 NoColor = Annotated[bool, typer.Option("--no-color", help="Plain text; the variable NO_COLOR does the same.")]

@@ -7,28 +7,20 @@ captured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kfac_fx import stages
-from kfac_fx.canonical import batch_names, from_matrices, gradient_names, state_owner
+from kfac_fx.canonical import from_matrices, gradient_names, state_owner
+from kfac_fx.collect import write_averages, write_guard, write_statistics
 from kfac_fx.contracts import Plan
 from kfac_fx.draft import Draft
-from kfac_fx.functions import (
-    fold_function,
-    layer_function,
-    reader_nodes,
-    signature,
-    statistics_function,
-    use_nodes,
-)
+from kfac_fx.functions import layer_function, signature
 from kfac_fx.stages import PassRecord
-from kfac_fx.types import LayerMatch
 from kfac_fx.writer import Key, identifier, of_layer
 
 Variant = Literal["plain", "statistics", "gradients", "batch_statistics"]
@@ -110,93 +102,6 @@ def instrument(
     )
 
 
-def _write_guard(draft: Draft, layers: Collection[str]) -> str:
-    """One number that is finite if and only if all gradients are."""
-
-    def run(*tensors: Tensor) -> dict[str, Tensor]:
-        real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-        sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in real]
-        return {"check": torch.stack([total.to(torch.float64) for total in sums]).sum()}
-
-    gradients = list(draft.gradients.values())
-    label = "finite if all gradients are"
-    draft.check = draft.writer.splice(run, gradients, label=label, names={"check": "check"}, key="check")[
-        "check"
-    ]
-    return f"1/R_, and a check of {len(gradients)} gradients"
-
-
-def _write_statistics(draft: Draft, layers: Collection[str]) -> str:
-    """This batch's statistics of these layers, beside their weight gradients."""
-    plan, collected = draft.plan, set()
-    for match in plan.matched:
-        if match.key not in layers:
-            continue
-        owners = {name: (state_owner(plan, match, name), name) for name in batch_names(plan, match)}
-        wanted = tuple(name for name, key in owners.items() if key not in collected)
-        if not wanted:
-            continue
-        collected |= {owners[name] for name in wanted}
-        results = _write_layer_statistics(draft, match, wanted)
-        draft.batch_state |= {owners[name]: node for name, node in results.items()}
-    return f"{len(collected)} statistics of {draft.writer.told(len(draft.batches))}"
-
-
-def _write_layer_statistics(draft: Draft, match: LayerMatch, wanted: tuple[str, ...]) -> dict[str, Node]:
-    """Those of one layer. wanted: their names."""
-    plan, writer = draft.plan, draft.writer
-    read = [*use_nodes(match), plan.capture.inverse_scale, *reader_nodes(plan, match)]
-    place, alike = writer.after(read), signature(plan, match)
-    named = draft.sizes_of(match, wanted)
-    results = writer.splice(
-        statistics_function(plan, match, wanted),
-        [*map(writer.of, read), *writer.states(match).values()],
-        label=f"{named} of {match.name}",
-        before=place,
-        match=match,
-        names={name: f"batch_{name}" for name in wanted},
-        key=alike and ("statistics", alike, wanted),
-    )
-    draft.batches.append((match, results, place.prev))
-    stages.detail("statistics", match.name, "%s behind %s", named, place.prev)
-    return results
-
-
-def _write_averages(draft: Draft, layers: Collection[str]) -> str:
-    """The statistics become new state, right behind where they are computed."""
-    plan, writer = draft.plan, draft.writer
-    if not plan.matched:
-        return "no layers"
-    draft.weight = writer.placeholder("weights", (len(plan.matched),), "share of this batch, per layer")
-    weights = _apart(draft, draft.weight)
-    scale = writer.of(plan.capture.inverse_scale)
-    for match, batch, last in draft.batches:
-        alike, states = signature(plan, match), writer.states(match)
-        results = writer.splice(
-            fold_function(plan, match, tuple(batch)),
-            [*batch.values(), *states.values(), scale, weights[match.key]],
-            label=f"new state of {match.name}",
-            before=last.next,
-            match=match,
-            names={name: f"new_{name}" for name in states},
-            key=alike and ("fold", alike, tuple(batch)),
-        )
-        draft.state |= {(state_owner(plan, match, name), name): node for name, node in results.items()}
-        stages.detail("averages", match.name, "new %s", ", ".join(results))
-    return f"{len(draft.state)} state tensors of {draft.writer.told(len(draft.batches))}"
-
-
-def _apart(draft: Draft, weights: Node) -> dict[str, Node]:
-    """Each layer's weight, by key."""
-    keys = [match.key for match in draft.plan.matched]
-
-    def run(tensor: Tensor) -> dict[str, Tensor]:
-        return dict(zip(keys, tensor.unbind(), strict=True))
-
-    names = {match.key: of_layer(match, "share") for match in draft.plan.matched}
-    return draft.writer.splice(run, [weights], label="share of this batch", before=weights.next, names=names)
-
-
 def _write_precondition(draft: Draft, layers: Collection[str]) -> str:
     """Replace each matched gradient by its preconditioned direction, layer by layer."""
     plan, writer = draft.plan, draft.writer
@@ -239,9 +144,15 @@ def _write_back(draft: Draft, names: Sequence[str]) -> None:
         [*draft.raw.values(), *draft.directions],
         label="back to the parameters' shapes",
         names={name: f"update_{identifier(name)}" for name in names},
-        key="back",
+        key=_key("back", plan),
     )
     draft.back = tuple(_between(last, writer.end))
+
+
+def _key(what: str, plan: Plan) -> Hashable:
+    """Equal for plans in which this function of all layers is the same."""
+    alike = tuple((match.key, match.weight, match.bias, signature(plan, match)) for match in plan.matched)
+    return what if any(layer[-1] is None for layer in alike) else (what, alike)
 
 
 def _between(first: Node, end: Node) -> Iterable[Node]:
@@ -271,7 +182,7 @@ def _write_lengths(draft: Draft, layers: Collection[str]) -> str:
         label=f"length of the update by {plan.method.name}",
         before=draft.back[0] if draft.back else None,
         names={match.key: of_layer(match, "scaled") for match in plan.matched},
-        key="rescale",
+        key=_key("rescale", plan),
     )
     draft.rescaled(dict(zip(draft.directions, scaled.values(), strict=True)))
     changed = sum(a is not b for a, b in zip(draft.directions, scaled.values(), strict=True))
@@ -287,9 +198,9 @@ def _clean(draft: Draft, layers: Collection[str]) -> str:
 
 _Writing = Callable[[Draft, Collection[str]], str]
 _WRITING: Mapping[str, _Writing] = {
-    "guard": _write_guard,
-    "statistics": _write_statistics,
-    "averages": _write_averages,
+    "guard": write_guard,
+    "statistics": write_statistics,
+    "averages": write_averages,
     "precondition": _write_precondition,
     "lengths": _write_lengths,
     "cleanup": _clean,

@@ -25,6 +25,7 @@ LAYERS = (
     ("capture", "match"),
     ("plan", "functions", "forward", "writer", "places"),
     ("trace", "draft", "curvature", "guards", "quadratic", "levenberg"),
+    ("collect",),
     ("instrument", "lower", "check", "pending", "adaptive", "optimizer"),
     ("compiled", "progress"),
     ("captures",),

@@ -12,7 +12,8 @@ from kfac_fx.bench.files import check_files as check_files
 from kfac_fx.bench.files import save as save
 from kfac_fx.bench.records import BenchReport as BenchReport
 from kfac_fx.bench.records import ContenderReport as ContenderReport
-from kfac_fx.bench.run import DEFAULT_METHODS as DEFAULT_METHODS
-from kfac_fx.bench.run import Make as Make
 from kfac_fx.bench.run import bench as bench
+from kfac_fx.bench.settings import DEFAULT_METHODS as DEFAULT_METHODS
+from kfac_fx.bench.settings import Make as Make
+from kfac_fx.bench.settings import Settings as Settings
 from kfac_fx.bench.table import show as show

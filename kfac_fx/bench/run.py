@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,40 +17,20 @@ from kfac_fx.bench.clock import num_threads, seconds_of
 from kfac_fx.bench.contender import FIRST_ORDER, Contender, Data, FirstOrder
 from kfac_fx.bench.measure import measured
 from kfac_fx.bench.peers import asdfghjkl, singd
-from kfac_fx.bench.records import BenchReport
+from kfac_fx.bench.records import BenchReport, Tuned
 from kfac_fx.bench.second_order import SecondOrder, scheduled
+from kfac_fx.bench.settings import Make, Settings
 from kfac_fx.contracts import Method
-from kfac_fx.errors import KfacFxError, check_choice
 from kfac_fx.forms import preferred
 from kfac_fx.lower import compile_mode, resolve_backend
 from kfac_fx.methods import resolve
-from kfac_fx.schedule import check_staggered
 from kfac_fx.types import LossFn
 
-DEFAULT_METHODS = ("kfac", "nkfac")
 PEER = "peer: "  # begins the labels of other libraries, some of which are names of methods too
-Make: TypeAlias = Callable[[nn.Module], Contender]
 
 
 def bench(
-    model: nn.Module,
-    loss_fn: LossFn | None,
-    inputs: Any,
-    targets: Any,
-    *,
-    methods: Sequence[str | Method] = DEFAULT_METHODS,
-    statistics_every: int | None = None,
-    inverse_every: int | None = None,
-    steps: int | None = 30,
-    warmup: int = 3,
-    threads: int | None = None,
-    backend: str = "auto",
-    refresh: str = "together",
-    options: Mapping[str, Any] | None = None,
-    extra: Mapping[str, Make] | None = None,
-    peers: bool = False,
-    tune: bool = False,
-    say: Callable[[str], Any] = lambda text: None,
+    model: nn.Module, loss_fn: LossFn | None, inputs: Any, targets: Any, **settings: Any
 ) -> BenchReport:
     """Step times of SGD, AdamW and methods on this model and batch; each trains a copy of the model.
 
@@ -59,72 +39,46 @@ def bench(
         loss_fn: as in `kfac_fx.compile`.
         inputs: of the one batch that all steps use.
         targets: of that batch.
-        methods: names or instances, each at its own schedule.
-        statistics_every: steps between statistics, for all methods.
-        inverse_every: steps between refreshes, for all methods that have them.
-        steps: consecutive steps per contender; None: the longest period of a schedule. Of each kind of step a
-            sixth of that, between 5 and 10.
-        warmup: steps of each kind that do not count (3 pass the refreshes that NKFAC inverts exactly).
-        threads: torch's threads on the CPU; None: as many as it has.
-        backend: of the compiled steps; with "inductor" SGD and AdamW run under `torch.compile` too.
-        refresh: of `kfac_fx.compile`, "together" or "staggered".
-        options: fisher, sharing and exclude of `kfac_fx.compile`.
-        extra: more contenders: label to a function from a copy of the model to a `Contender`.
-        peers: also time `singd` and `asdfghjkl`, where they are installed and know the model.
-        tune: first measure each form of each convolution's A (`autotune`); methods use the fastest.
-        say: is told what is being done.
+        settings: those of `Settings`, by name.
 
     Raises `KfacFxError` for settings without meaning before anything is measured.
     """
-    for name, value in (("steps", steps), ("warmup", warmup), ("threads", threads)):
-        if value is not None and value < 1:
-            raise KfacFxError(f"{name}={value}: must be at least 1.")
-    chosen = _labelled(methods, statistics_every=statistics_every, inverse_every=inverse_every)
-    check_choice("refresh", refresh, ("together", "staggered"))
-    for method in chosen.values() if refresh == "staggered" else ():
-        check_staggered(method)
+    asked = Settings(**settings)
     device, batch = guards.model_device(model), flatten_batch(inputs, targets)
     guards.check_batch(batch, model)
-    backend, data = resolve_backend(backend, device), (loss_fn, inputs, targets)
-    options = dict(options or {})
-    staggered = {} if refresh == "together" else {"refresh": refresh}
-    makers = {**_makers(data, chosen, backend=backend, options=options | staggered), **(extra or {})}
-    if peers:
-        every = {"statistics_every": statistics_every, "inverse_every": inverse_every}
-        makers |= _peers(data, every)
-    with num_threads(threads) as used:
+    backend, data = resolve_backend(asked.backend, device), (loss_fn, inputs, targets)
+    with num_threads(asked.threads) as used:
         _load_torch(device, backend)
-        tuned = autotune(model, *data, backend=backend, options=options, say=say) if tune else None
+        tuned = _tuned(model, data, asked, backend)
         with preferred({entry.case: entry.best for entry in tuned or ()}):
-            contenders, compile_seconds, left_out = _made(model, makers, device, say)
-        found = measured(contenders, compile_seconds, steps=steps, warmup=warmup, device=device, say=say)
+            contenders, seconds, left_out = _made(model, _all_makers(data, asked, backend), device, asked.say)
+        steps, warmup = asked.steps, asked.warmup
+        found = measured(contenders, seconds, steps=steps, warmup=warmup, device=device, say=asked.say)
     return BenchReport(
         model=type(model).__name__,
         batch=tuple(tuple(tensor.shape) for tensor in batch.tensors),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         backend=backend,
         threads=used,
-        warmup=warmup,
-        refresh=refresh,
+        warmup=asked.warmup,
+        refresh=asked.refresh,
         contenders=found,
         left_out=left_out,
         tuned=tuned,
     )
 
 
-def _labelled(
-    methods: Sequence[str | Method], *, statistics_every: int | None, inverse_every: int | None
-) -> dict[str, Method]:
-    """The methods at their schedules; a further one of the same name gets a number."""
-    found: dict[str, Method] = {}
-    for method in dict.fromkeys(methods):
-        made = scheduled(resolve(method), statistics_every=statistics_every, inverse_every=inverse_every)
-        label, number = made.name, 1
-        while label in found:
-            number += 1
-            label = f"{made.name} {number}"
-        found[label] = made
-    return found
+def _tuned(model: nn.Module, data: Data, asked: Settings, backend: str) -> tuple[Tuned, ...] | None:
+    """The fastest form of each convolution's A, if it is asked for."""
+    if not asked.tune:
+        return None
+    return autotune(model, *data, backend=backend, options=dict(asked.options or {}), say=asked.say)
+
+
+def _all_makers(data: Data, asked: Settings, backend: str) -> dict[str, Make]:
+    """What makes each contender, SGD first, peers last."""
+    makers = _makers(data, asked.labelled, backend=backend, options=asked.compile_options)
+    return makers | dict(asked.extra or {}) | (_peers(data, asked.every) if asked.peers else {})
 
 
 def _makers(
