@@ -77,6 +77,8 @@ def bench(
 
     Steps, kinds of steps and phases, with ratios to SGD's; the slowest needs --period.
 
+    With inductor SGD and AdamW are compiled too.
+
     Peak memory is that of tensors, without what libraries allocate inside.
     """
     options = {"fisher": fisher, "sharing": sharing, "exclude": tuple(exclude or ())}

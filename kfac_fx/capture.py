@@ -215,7 +215,9 @@ def _explain(error: Exception, model: nn.Module, batch: Batch) -> CaptureError:
         remedy = "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
     elif "grouped_mm" in where:
         problem = f"torch cannot trace grouped_mm here ({first.rstrip('.')})"
-        remedy = "Compute the experts without it (transformers: model.set_experts_implementation('batched_mm'))."
+        remedy = (
+            "Compute the experts without it (transformers: model.set_experts_implementation('batched_mm'))."
+        )
     else:
         problem = f"{kind}: {first}"
         remedy = _input_hint(model, batch)

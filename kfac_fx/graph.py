@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
 from kfac_fx.errors import CaptureError
@@ -137,7 +138,7 @@ def traced(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Node])
                 sizes, strides = tensor.shape, tensor.stride()
                 tensor = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
             values[id(tensor)] = tensor
-        with TRACING:
+        with TRACING, _use_lazy_graph_module(True):  # the module is read, never run: no code is written
             module = make_fx(lambda *tensors: tuple(function(*tensors)))(*values.values())
     module.graph.eliminate_dead_code()
     assert not any(is_mutation(node) for node in module.graph.nodes), "spliced functions work in place"
@@ -151,14 +152,19 @@ def constant(function: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
         return function(*arguments)
 
 
-def copy_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
-    """A copy whose graph can be edited, and the map from old nodes to new ones."""
-    graph = Graph()
+def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    """A copy that can be edited, and the map from old nodes to new ones."""
+    copy = Graph()
     mapping: dict[Node, Node] = {}
-    output = graph.graph_copy(module.graph, mapping)
-    graph.output(output)
+    copy.output(copy.graph_copy(graph, mapping))
     for old, new in mapping.items():
         new.meta = dict(old.meta)
+    return copy, mapping
+
+
+def copy_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
+    """The same for a module."""
+    graph, mapping = copy_graph(module.graph)
     return GraphModule(module, graph, class_name=type(module).__name__), mapping
 
 

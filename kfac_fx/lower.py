@@ -129,8 +129,8 @@ def mutated_placeholders(module: GraphModule) -> tuple[int, ...]:
     found = set()
     for node in module.graph.nodes:
         if node.op == "call_function" and (fxgraph.is_mutation(node) or node.target in fxgraph.BATCH_NORMS):
-            read = node.all_input_nodes if node.target in fxgraph.BATCH_NORMS else node.all_input_nodes[:1]
-            found.update(base(argument) for argument in read)
+            changed = node.args[3:5] if node.target in fxgraph.BATCH_NORMS else node.all_input_nodes[:1]
+            found.update(base(argument) for argument in changed if isinstance(argument, Node))
     return tuple(
         i for i, node in enumerate(placeholders) if node in found and not str(node.target).startswith("p_")
     )

@@ -19,6 +19,7 @@ from kfac_fx.layers import KINDS, Facts, LayerKind, Product
 from kfac_fx.layout import Layout, Permute, simplified
 from kfac_fx.traced import Capture, Parameter
 from kfac_fx.types import Matches, Skip
+from kfac_fx.uses import other_use, spread_over_stored, told
 from kfac_fx.walk import Term, base_value, gradient_terms
 
 _NEIGHBOURHOOD = 24
@@ -78,6 +79,9 @@ def _skip(capture: Capture, parameter: Parameter, reason: Reason, detail: str) -
 
 def _find(parameter: Parameter, kinds: Sequence[LayerKind], facts: Facts) -> list[Found] | tuple[Reason, str]:
     """All parts of one parameter, or why it is not matched by these kinds."""
+    spread = None if kinds[0].name not in ("scale", "shift") else spread_over_stored(parameter, facts.capture)
+    if spread is not None:
+        return Reason.REPARAMETRISED, f"it meets another stored tensor before the batch, in {told(spread)}"
     per_pass = []
     for backward in facts.capture.passes:
         terms = gradient_terms(backward.gradients[parameter.name])
@@ -146,10 +150,13 @@ def _describe(node: Node) -> str:
 def _mixed(
     parameter: Parameter, terms: list[Term], why: tuple[Reason, str], kinds: Sequence[LayerKind], facts: Facts
 ) -> tuple[Reason, str]:
-    known = sum(isinstance(recognise(term, kinds, facts), Product) for term in terms)
-    if known == 0:
+    products = [recognise(term, kinds, facts) for term in terms]
+    known = [product for product in products if isinstance(product, Product)]
+    if not known:
         return why
-    return Reason.MIXED_USE, f"{known} of {len(terms)} uses match, another does not: {why[1]}"
+    other = other_use(parameter, facts.capture, [product.a for product in known if product.a is not None])
+    what = why[1] if other is None else told(other)
+    return Reason.MIXED_USE, f"{len(known)} of {len(terms)} uses match, another does not: {what}"
 
 
 def _by_part(pairs: list[tuple[Term, Product]]) -> dict[Part, list[tuple[Term, Product]]] | None:

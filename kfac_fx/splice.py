@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kfac_fx.graph import aten, is_op
-from kfac_fx.traces import traced_once
+from kfac_fx.traces import Trace, traced_once
 from kfac_fx.types import Source
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
@@ -27,7 +27,7 @@ def splice(
     label: str,
     source: Source | None = None,
     key: Hashable = None,
-    known: dict[Hashable, GraphModule] | None = None,
+    known: dict[Hashable, Trace] | None = None,
     notes: Mapping[str, object] | None = None,
 ) -> dict[str, Node]:
     """Trace `function` on the fake values of `arguments` and copy its nodes into the graph in front of
@@ -45,7 +45,7 @@ def splice(
             if node.op in ("placeholder", "output"):
                 continue
             if node.op == "get_attr":
-                name = _constant(module, getattr(traced, str(node.target)))
+                name = _constant(module, traced.constants[str(node.target)])
                 copy = graph.get_attr(name)
                 copy.meta["val"] = node.meta.get("val", getattr(module, name))
             else:
@@ -58,7 +58,7 @@ def splice(
                 copy.meta["stack_trace"] = (
                     f'  File "{source.file}", line {source.line}, in forward\n    {source.code}'
                 )
-    outputs = zip(traced.meta["names"], inner.output_node().args[0], strict=True)  # type: ignore[arg-type]
+    outputs = zip(traced.names, inner.output_node().args[0], strict=True)  # type: ignore[arg-type]
     return {name: mapping[node] for name, node in outputs}
 
 

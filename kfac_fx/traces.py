@@ -9,12 +9,12 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
 from kfac_fx import graph as fxgraph
 from kfac_fx.graph import aten, is_op
@@ -23,16 +23,26 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _RESIZES = (*_VIEWS, aten.expand.default)
 _MOST = 512
 _lock = threading.Lock()
-_everywhere: OrderedDict[Hashable, GraphModule] = OrderedDict()  # the last used at the end
+_everywhere: OrderedDict[Hashable, Trace] = OrderedDict()  # the last used at the end
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A traced function. names: of what it returns. constants: tensors that the graph reads, by target."""
+
+    graph: Graph
+    constants: Mapping[str, Tensor]
+    names: tuple[str, ...]
 
 
 def traced_once(
     function: Callable[..., Mapping[str, Tensor]],
     arguments: Sequence[Node],
     key: Hashable,
-    known: dict[Hashable, GraphModule],
-) -> GraphModule:
-    """The function's graph, made small; its `meta["names"]` are those of what it returns.
+    known: dict[Hashable, Trace],
+) -> Trace:
+    """The function's graph, made small.
 
     arguments: nodes of one graph, whose values stand for the function's. key: equal for functions that
     compute the same from tensors of equal sizes; None for one that is traced anew. known: the traces of this
@@ -61,14 +71,14 @@ def traced_once(
     return traced
 
 
-def _found(key: Hashable) -> GraphModule | None:
+def _found(key: Hashable) -> Trace | None:
     with _lock:
         if key in _everywhere:
             _everywhere.move_to_end(key)
         return _everywhere.get(key)
 
 
-def _keep(key: Hashable, traced: GraphModule) -> None:
+def _keep(key: Hashable, traced: Trace) -> None:
     with _lock:
         _everywhere[key] = _without_values(traced)
         while len(_everywhere) > _MOST:
@@ -80,7 +90,7 @@ def forget() -> None:
     _everywhere.clear()
 
 
-def _trace(function: Callable[..., Mapping[str, Tensor]], arguments: Sequence[Node]) -> GraphModule:
+def _trace(function: Callable[..., Mapping[str, Tensor]], arguments: Sequence[Node]) -> Trace:
     names: list[str] = []
 
     def run(*tensors: Tensor) -> list[Tensor]:
@@ -88,15 +98,16 @@ def _trace(function: Callable[..., Mapping[str, Tensor]], arguments: Sequence[No
         names[:] = results
         return list(results.values())
 
-    traced = fxgraph.traced(run, arguments)
-    _drop_idle_views(traced)
-    traced.meta["names"] = tuple(names)
-    return traced
+    module = fxgraph.traced(run, arguments)
+    _drop_idle_views(module.graph)
+    read = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    constants = {target: getattr(module, target) for target in read}
+    return Trace(graph=module.graph, constants=constants, names=tuple(names))
 
 
-def _drop_idle_views(traced: GraphModule) -> None:
+def _drop_idle_views(graph: Graph) -> None:
     """Of views of views the last alone stays, and none that changes nothing."""
-    for node in traced.graph.nodes:
+    for node in graph.nodes:
         if not is_op(node, *_RESIZES):
             continue
         read = node.args[0]
@@ -106,27 +117,25 @@ def _drop_idle_views(traced: GraphModule) -> None:
         like, kept = fxgraph.value(read), fxgraph.value(node)
         if like.shape == kept.shape and like.stride() == kept.stride():
             node.replace_all_uses_with(read)
-    traced.graph.eliminate_dead_code()
+    graph.eliminate_dead_code()
 
 
-def _without_values(module: GraphModule) -> GraphModule:
+def _without_values(traced: Trace) -> Trace:
     """A copy whose nodes know of their values the sizes alone."""
-    copy, _ = fxgraph.copy_module(module)
-    for node in copy.graph.nodes:
+    graph, _ = fxgraph.copy_graph(traced.graph)
+    for node in graph.nodes:
         node.meta = {"val": fxgraph.tree_map(_described, node.meta["val"])} if "val" in node.meta else {}
-    copy.meta = dict(module.meta)
-    return copy
+    return replace(traced, graph=graph)
 
 
-def _with_values(module: GraphModule, *, like: Node) -> GraphModule:
+def _with_values(traced: Trace, *, like: Node) -> Trace:
     """A copy of what `_without_values` gave, with values that belong to the graph of `like`."""
-    copy, _ = fxgraph.copy_module(module)
+    graph, _ = fxgraph.copy_graph(traced.graph)
     with fxgraph.fake_mode(like.graph):
-        for node in copy.graph.nodes:
+        for node in graph.nodes:
             if "val" in node.meta:
                 node.meta["val"] = fxgraph.tree_map(_remade, node.meta["val"])
-    copy.meta = dict(module.meta)
-    return copy
+    return replace(traced, graph=graph)
 
 
 @final

@@ -21,7 +21,7 @@ LAYERS = (
     ("walk", "traces", "canonical", "batch", "hessian", "rows", "lags", "newton", "woodbury", "spectrum"),
     ("autocorrelation", "splice", "schedule", "outcomes", "watch"),
     ("passes", "layers", "methods"),
-    ("record", "assemble"),
+    ("record", "assemble", "uses"),
     ("capture", "match"),
     ("plan", "functions", "forward", "writer", "places"),
     ("trace", "draft", "curvature", "guards", "quadratic", "levenberg"),

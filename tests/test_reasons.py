@@ -1,5 +1,6 @@
 """Every reason code for leaving a parameter to the optimizer, one small model each."""
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -50,6 +51,89 @@ def test_reparametrised_by_a_mask_a_norm_or_another_parameter() -> None:
     assert reason_of(product, "extra") is Reason.REPARAMETRISED
 
 
+class Read(nn.Module):
+    """A weight that another parameter scales or shifts before the layer reads it."""
+
+    def __init__(self, rows: int, combine: Callable[[Tensor, Tensor], Tensor], *, lookup: bool) -> None:
+        super().__init__()
+        self.weight, self.extra = nn.Parameter(torch.randn(rows, 4)), nn.Parameter(torch.randn(4))
+        self.combine, self.lookup = combine, lookup
+        self.head = nn.Linear(8 if lookup else rows, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.combine(self.weight, self.extra)
+        return self.head(F.embedding(x, weight).flatten(1) if self.lookup else F.linear(x, weight))
+
+
+@pytest.mark.parametrize("rows", [7, 10])  # 10: as many rows as two batches have examples
+@pytest.mark.parametrize("combine", [torch.mul, torch.add])
+@pytest.mark.parametrize("lookup", [True, False])
+def test_reparametrised_when_it_is_broadcast_over_another_parameter(
+    rows: int, combine: Callable[[Tensor, Tensor], Tensor], lookup: bool
+) -> None:
+    """The sum in its gradient runs over rows of a table, not over examples."""
+    model = Read(rows, combine, lookup=lookup)
+    x = torch.randint(rows, (5, 2)) if lookup else torch.randn(5, 4)
+    assert reason_of(model, "extra", x=x) is Reason.REPARAMETRISED
+    plan = kfac_fx.inspect(model, F.cross_entropy, x, torch.randint(3, (5,)))
+    (detail,) = [skip.detail for skip in plan.skipped if skip.parameter == "extra"]
+    assert f"aten.{combine.__name__}.Tensor at test_reasons.py:{line_of(Read, 'self.combine(')}" in detail
+
+
+def line_of(kind: type, code: str) -> int:
+    """Number of the line of the class that holds the code."""
+    lines, first = inspect.getsourcelines(kind)
+    return first + next(i for i, line in enumerate(lines) if code in line)
+
+
+def test_shifts_that_are_added_to_each_other_before_the_batch_are_matched() -> None:
+    model = Extra(torch.randn(4), lambda x, extra: x + (extra + model.other))
+    model.other = nn.Parameter(torch.randn(4))
+    plan = kfac_fx.inspect(model, F.cross_entropy, torch.randn(5, 4), torch.randint(3, (5,)))
+    assert {"extra", "other"} <= {match.weight for match in plan.matched}
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.LayerNorm((2, 4)), (5, 3, 2, 4)),
+        (nn.BatchNorm2d(3), (5, 3, 2, 4)),
+        (nn.GroupNorm(1, 3), (5, 3, 2, 4)),
+    ],
+)
+def test_the_shift_of_a_norm_whose_scale_is_frozen_has_its_own_blocks(
+    norm: nn.Module, shape: tuple[int, ...]
+) -> None:
+    norm.weight.requires_grad_(False)
+    model, x, y = nn.Sequential(norm, nn.Flatten(), nn.Tanh(), nn.Linear(24, 3)), torch.randn(shape), Y
+    plan = kfac_fx.inspect(model, F.cross_entropy, x, y)
+    assert [(match.weight, match.kind) for match in plan.matched] == [
+        ("0.bias", "shift"),
+        ("3.weight", "linear"),
+    ]
+    method = kfac_fx.KFAC(decay=0.0)
+    step = kfac_fx.compile(
+        model, F.cross_entropy, method=method, optimizer=torch.optim.SGD(model.parameters(), lr=0.0)
+    )
+    step(x, y)
+    found = step.state_dict()["curvature"]["0.bias"]["F"]
+    bias = norm.get_parameter("bias").detach()
+    copies = bias.expand(5, *bias.shape).clone().requires_grad_()  # one per example
+    with torch.no_grad():
+        normal = norm(x) - spread(bias, norm)
+    loss = F.cross_entropy(model[1:](normal + torch.stack([spread(b, norm) for b in copies])), y)
+    (g,) = torch.autograd.grad(loss, copies)
+    torch.testing.assert_close(found.flatten(), (g.flatten(1) ** 2).sum(0) * 5)
+
+
+Y = torch.tensor([0, 1, 2, 1, 0])
+
+
+def spread(bias: Tensor, norm: nn.Module) -> Tensor:
+    """As it is added to one example."""
+    return bias.unsqueeze(0) if isinstance(norm, nn.LayerNorm) else bias.reshape(-1, 1, 1)
+
+
 def test_batch_free_when_the_input_is_the_same_for_all_examples() -> None:
     table = torch.randn(7, 4)
     model = Extra(torch.ones(4, 4), lambda x, w: x + F.linear(table, w).tanh().sum(0))
@@ -59,6 +143,10 @@ def test_batch_free_when_the_input_is_the_same_for_all_examples() -> None:
 def test_mixed_use_of_a_product_and_something_else() -> None:
     model = Extra(torch.ones(4, 4), lambda x, w: F.linear(x, w) * w.sum().sin())
     assert reason_of(model, "extra") is Reason.MIXED_USE
+    plan = kfac_fx.inspect(model, F.cross_entropy, torch.randn(5, 4), torch.randint(3, (5,)))
+    (detail,) = [skip.detail for skip in plan.skipped if skip.parameter == "extra"]
+    line = line_of(Extra, "self.layer(self.use(")
+    assert detail == f"1 of 2 uses match, another does not: aten.sum.default at test_reasons.py:{line}"
 
 
 def test_tied_uses_that_do_not_add_up() -> None:

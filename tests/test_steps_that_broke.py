@@ -294,3 +294,12 @@ def test_a_layer_that_is_unfrozen_later_is_preconditioned_in_the_same_step() -> 
     assert relative_error(state["A_inverse"][0], A_inverse) < TOLERANCE
     assert relative_error(state["G_inverse"][0], G_inverse) < TOLERANCE
     assert relative_error(change, -lr * direction) < TOLERANCE
+
+
+def test_a_batch_norm_that_reads_the_batch_itself_changes_its_buffers_alone() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)).double()
+    plain, batches = twin(model), [batch(5), batch(5)]
+    expected = run_plain(plain, F.cross_entropy, sgd, batches)
+    found = run_step(compiled(model, F.cross_entropy, method=Identity()), batches)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
+    assert distance(snapshot(model), snapshot(plain)) < 1e-12

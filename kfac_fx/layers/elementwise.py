@@ -17,6 +17,7 @@ from torch.fx import Node
 from kfac_fx.errors import Reason
 from kfac_fx.graph import aten, getitem_source, is_op, shape
 from kfac_fx.layers.kind import Facts, Product, bias_key
+from kfac_fx.layers.norm import norm_shift
 from kfac_fx.layout import View
 from kfac_fx.types import Use
 from kfac_fx.walk import Term, base
@@ -67,12 +68,13 @@ class Shift:
 
     def match(self, term: Term, facts: Facts) -> Product | Reason | None:
         """A sum over the batch of an output gradient."""
-        summed = _convolution_bias(term.root) or _batch_sum(term.root)
+        fused = _convolution_bias(term.root) or norm_shift(term.root)
+        summed = fused or _batch_sum(term.root)
         if summed is None or summed[0] not in facts.capture.backward:
             return None
         if shape(summed[0])[0] % facts.examples:
             return Reason.BROADCAST_ADD
-        per_example_product = is_op(base(summed[0]), aten.bmm.default, aten.mm.default)
+        per_example_product = fused is None and is_op(base(summed[0]), aten.bmm.default, aten.mm.default)
         return _product(
             "diagonal" if per_example_product else self.name, term.root, summed, None, summed[0], facts
         )

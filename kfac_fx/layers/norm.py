@@ -45,7 +45,7 @@ class Norm:
         ):
             return None
         node = selected[0]
-        kind, g, a, operands, eps = _read(node)
+        kind, g, a, operands, eps = norm_parts(node)
         if facts.halves(a, g) != (a, g):
             return None
         refused = facts.check_input(a)
@@ -95,7 +95,19 @@ class Norm:
         return g.reshape(use.options["rows"], -1, use.options["channels"])
 
 
-def _read(node: Node) -> tuple[str, Node, Node, tuple[Node, ...], float | None]:
+def norm_shift(root: Node) -> tuple[Node, tuple[int, ...]] | None:
+    """(g, dimensions that are summed) if the root is output 2 (shift) of a fused norm backward."""
+    selected = getitem_source(root)
+    if selected is None or selected[1] != 2 or not is_op(selected[0], _LAYER, _GROUP, _BATCH, _CUDNN):
+        return None
+    kind, g, *_ = norm_parts(selected[0])
+    rank = len(shape(g))
+    if kind == "layer-norm":
+        return g, tuple(range(rank - len(shape(root))))
+    return g, (0, *range(2, rank))
+
+
+def norm_parts(node: Node) -> tuple[str, Node, Node, tuple[Node, ...], float | None]:
     """(kind, g, input, (mean, reciprocal deviation), None), or with the variance and eps for running
     statistics.
     """
