@@ -1,53 +1,69 @@
 """The universal property of a match: `sum of g a^T` over its uses is the gradient that autograd computed.
 
-Enters: a plan. Leaves: an fx module that returns both sides for every match, so that they can be compared on
+Enters: a plan. Leaves: a function that returns both sides for every match, so that they can be compared on
 real data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from kfac_fx import graph as fxgraph
 from kfac_fx.canonical import to_matrix
 from kfac_fx.contracts import Plan
 from kfac_fx.functions import KINDS_BY_NAME, use_values
 from kfac_fx.layers.statistics import UseValues
-from kfac_fx.splice import splice
 from kfac_fx.types import LayerMatch
 
 
-def gradient_pairs(plan: Plan) -> GraphModule:
-    """A module over the capture's placeholders that returns, per match, (canonical gradient of autograd, of
+def gradient_pairs(plan: Plan) -> Callable[..., list[Tensor]]:
+    """A function of the capture's placeholders that returns, per match, (canonical gradient of autograd, of
     `a` and `g`).
     """
     module, mapping = fxgraph.copy_module(plan.capture.graph)
-    output = module.graph.output_node()
-    results: list[Node] = []
-    for match in plan.matched:
-        nodes: list[Node] = []
-        for use in match.uses:
-            nodes += [*([] if use.a is None else [use.a]), *use.operands, use.g[0]]
-        own = [name for name in (match.weight, match.bias) if name is not None]
-        arguments = [mapping[plan.capture.gradients[name]] for name in own] + [mapping[n] for n in nodes]
-
-        def run(*tensors: Tensor, match: LayerMatch = match, own: Sequence[str] = own) -> dict[str, Tensor]:
-            gradients = dict(zip(own, tensors, strict=False))
-            values = use_values(match, tensors[len(own) :], training=True)
-            return {
-                "autograd": to_matrix(match, gradients).contiguous(),
-                "match": reconstructed(match, values),
-            }
-
-        results += splice(module, run, arguments, before=output, label=f"check of {match.name}").values()
-    output.args = (tuple(results),)
+    read = [
+        [*(plan.capture.gradients[name] for name in _own(match)), *_training_nodes(match)]
+        for match in plan.matched
+    ]
+    nodes = list(dict.fromkeys(mapping[node] for own in read for node in own))
+    module.graph.output_node().args = (tuple(nodes),)
     keep = frozenset(mapping[n] for n in plan.capture.graph.graph.nodes if fxgraph.has_effect(n))
     fxgraph.eliminate_dead(module, keep)
-    return module
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            values = dict(zip(nodes, module(*tensors), strict=True))
+            pairs = [
+                _pair(match, [values[mapping[node]] for node in own])
+                for match, own in zip(plan.matched, read, strict=True)
+            ]
+        return [tensor for pair in pairs for tensor in pair]
+
+    return run
+
+
+def _own(match: LayerMatch) -> list[str]:
+    return [name for name in (match.weight, match.bias) if name is not None]
+
+
+def _training_nodes(match: LayerMatch) -> list[Node]:
+    """What `use_values` reads of the training pass."""
+    nodes: list[Node] = []
+    for use in match.uses:
+        nodes += [*([] if use.a is None else [use.a]), *use.operands, use.g[0]]
+    return nodes
+
+
+def _pair(match: LayerMatch, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Both sides. tensors: gradients of weight and bias, then the values of `_training_nodes`."""
+    own = _own(match)
+    values = use_values(match, tensors[len(own) :], training=True)
+    gradients = dict(zip(own, tensors, strict=False))
+    return to_matrix(match, gradients), reconstructed(match, values)
 
 
 def reconstructed(match: LayerMatch, uses: Sequence[UseValues]) -> Tensor:
