@@ -46,8 +46,7 @@ def verify(
 ) -> None:
     """Check every layer of the model against plain PyTorch and explicit formulas; exit 4 on a violation.
 
-    Gradients, statistics by explicit im2col, directions by dense algebra, one update. On copies: nothing of
-    the model is changed.
+    Gradients, statistics by explicit im2col, directions by dense algebra, one update, all on copies.
     """
     with clean_errors():
         with contextlib.redirect_stdout(sys.stderr):

@@ -18,6 +18,7 @@ from kfac_fx.batch import flatten_batch as _flatten_batch
 from kfac_fx.contracts import Method
 from kfac_fx.contracts import Plan as Plan
 from kfac_fx.errors import KfacFxError as KfacFxError
+from kfac_fx.errors import NonFiniteLossError as NonFiniteLossError
 from kfac_fx.errors import Reason as Reason
 from kfac_fx.errors import check_choice as _check_choice
 from kfac_fx.methods import EKFAC as EKFAC
@@ -78,7 +79,8 @@ def compile(
             preconditioned gradients. None: the method's published base optimizer.
         fisher: "empirical" (gradients of the loss itself, free), "mc" (labels drawn from the prediction, one
             more backward) or "type2" (exact, one more backward per class and loss term).
-        sharing: "expand" (positions are examples) or "reduce" (positions are summed within an example).
+        sharing: "expand" (positions are examples) or "reduce" (within an example, inputs are averaged and
+            output gradients summed over positions).
         exclude: patterns (fnmatch) of parameter names to leave to the optimizer.
         backend: "eager", "inductor" (on CUDA with CUDA graphs), "inductor-no-cudagraphs", or "auto" (inductor
             on CUDA, eager elsewhere).

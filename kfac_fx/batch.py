@@ -66,8 +66,8 @@ def default_loss(outputs: Any, targets: Any) -> Tensor:
     own = getattr(outputs, "loss", None)
     if not isinstance(outputs, Tensor) and isinstance(own, Tensor):
         return own
-    if isinstance(outputs, Tensor) and targets is None:
-        return outputs
+    if targets is None:
+        return _own_loss(outputs)
     if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
         if not targets.is_floating_point() and outputs.is_floating_point():
             return nn.functional.cross_entropy(outputs, targets)
@@ -77,6 +77,17 @@ def default_loss(outputs: Any, targets: Any) -> Tensor:
         "loss_fn=None: the model's output is neither a loss nor carries .loss, and the targets fit neither "
         "cross-entropy (integer targets) nor mean squared error (targets of the output's shape). "
         "Pass loss_fn."
+    )
+
+
+def _own_loss(outputs: Any) -> Tensor:
+    """The model's output, where there are neither a loss function nor targets: it must be a scalar."""
+    if isinstance(outputs, Tensor) and outputs.dim() == 0:
+        return outputs
+    what = f"of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+    raise LossError(
+        "loss_fn and targets are None, so the model's output is taken as the loss, and it is no scalar and "
+        f"carries no .loss ({what}). Pass a loss_fn or targets."
     )
 
 

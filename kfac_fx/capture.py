@@ -213,13 +213,13 @@ def _explain(error: Exception, model: nn.Module, batch: Batch) -> CaptureError:
     elif "use_reentrant" in str(error) or "Checkpointing is not compatible" in str(error):
         problem = "reentrant activation checkpointing cannot be captured"
         remedy = "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-    elif "grouped_mm" in where:
+    elif "grouped_mm" in f"{where} {error}":
         problem = f"torch cannot trace grouped_mm here ({first.rstrip('.')})"
         remedy = (
             "Compute the experts without it (transformers: model.set_experts_implementation('batched_mm'))."
         )
     else:
-        problem = f"{kind}: {first}"
+        problem = f"{kind}: {first.rstrip('.')}"
         remedy = _input_hint(model, batch)
     return CaptureError(
         f"{type(model).__name__} cannot be captured as one graph, {where}: {problem}. {remedy}"
@@ -236,12 +236,12 @@ def _is_library(filename: str) -> bool:
 
 
 def _input_hint(model: nn.Module, batch: Batch) -> str:
+    """What to check; the dtypes of parameters and inputs where they differ."""
+    hint = "Check that model(inputs) and loss_fn(outputs, targets) run."
     parameter = next(iter(model.parameters()), None)
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in batch.tensors[: batch.num_inputs]})
-    own = (
-        ""
-        if parameter is None
-        else f" The model's parameters are {str(parameter.dtype).removeprefix('torch.')}"
-    )
-    listed = ", ".join(dtypes)
-    return f"Check that model(inputs) and loss_fn(outputs, targets) run.{own}; the inputs are {listed}."
+    dtypes = {tensor.dtype for tensor in batch.tensors[: batch.num_inputs]}
+    if parameter is None or dtypes <= {parameter.dtype}:
+        return hint
+    listed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    own = str(parameter.dtype).removeprefix("torch.")
+    return f"{hint} The model's parameters are {own}; the inputs are {listed}."

@@ -57,6 +57,14 @@ class ExportError(KfacFxError):
     """A training step that cannot be written as a file of its own."""
 
 
+class ExportWarning(UserWarning):
+    """A file of the folder of `transform` could not be made; the others were. file: its name."""
+
+    def __init__(self, message: str, *, file: str) -> None:
+        super().__init__(message)
+        self.file = file
+
+
 class TargetError(KfacFxError):
     """A command line TARGET that cannot be loaded."""
 

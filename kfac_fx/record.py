@@ -20,6 +20,7 @@ from kfac_fx.errors import LossError
 from kfac_fx.passes import Trace
 from kfac_fx.traced import Capture, LossInfo, LossNodes, Parameter, Pass
 from kfac_fx.types import Fisher, LossFn, Source
+from kfac_fx.wording import counted
 
 
 def make_capture(
@@ -195,12 +196,12 @@ def _loss_info(loss_fn: LossFn | None, batch: Batch, trace: Trace, fisher: Fishe
             terms=1,
             unit=1.0,
             ignores=False,
-            note=f"unknown loss, taken as a mean over the {examples} examples of the batch",
+            note=f"unknown loss, taken as a mean over the {counted(examples, 'example')} of the batch",
         )
     call = trace.calls[0]
     count = call.num_terms  # not a plain number if the loss selects rows by their values
     terms = max(1, count // examples) if isinstance(count, int) else 1
-    note = f"{call.kind} ({call.reduction}), {examples} examples x {terms} terms"
+    note = f"{call.kind} ({call.reduction}), {counted(examples, 'example')} x {counted(terms, 'term')}"
     if loss_fn is None:
         note += ", chosen by the model's output and targets"
     if not covered:

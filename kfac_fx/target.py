@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from torch import nn
 
 from kfac_fx.errors import TargetError, did_you_mean
 from kfac_fx.types import LossFn
+from kfac_fx.wording import with_article
 
 DEFAULT_FACTORY = "build"
 _FORMS = "TARGET is file.py[:factory] or package.module:factory."
@@ -102,10 +104,26 @@ def _import_module(name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
-            near = f" Did you mean {name + '.py'!r}?" if Path(f"{name}.py").is_file() else ""
-            raise TargetError(f"no module named {error.name!r}.{near} {_FORMS}") from error
+            raise TargetError(f"no module named {error.name!r}.{_near(error.name, name)} {_FORMS}") from error
 
     return _run(load, place=name, doing="import")
+
+
+def _near(missing: str, wanted: str) -> str:
+    """A file that the user may have meant, or a module with nearly the missing one's name beside it."""
+    if Path(f"{wanted}.py").is_file():
+        return f" Did you mean {wanted + '.py'!r}?"
+    parent, _, last = missing.rpartition(".")
+    folders = [str(Path.cwd())]
+    if parent:
+        spec = importlib.util.find_spec(parent)
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+    siblings = [module.name for module in pkgutil.iter_modules(folders)]
+    close = difflib.get_close_matches(last, siblings, n=1)
+    if not close:
+        return ""
+    proposal = ".".join(filter(None, (parent, close[0])))
+    return f" Did you mean {proposal + wanted[len(missing) :]!r}?"
 
 
 def _call(names: dict[str, Any], factory: str, place: str) -> tuple[Any, Any, Any, Any]:
@@ -145,7 +163,9 @@ def _check_model(model: Any, place: str) -> None:
         raise TargetError(
             f"{place}: the model is the class {model.__name__}; make an instance: {model.__name__}()."
         )
-    raise TargetError(f"{place}: the model is a {type(model).__name__}; it must be a torch.nn.Module.")
+    raise TargetError(
+        f"{place}: the model is {with_article(type(model).__name__)}; it must be a torch.nn.Module."
+    )
 
 
 def _run(action: Callable[[], Any], *, place: str, doing: str) -> Any:
@@ -155,8 +175,9 @@ def _run(action: Callable[[], Any], *, place: str, doing: str) -> Any:
     except TargetError:
         raise
     except (Exception, SystemExit) as error:
-        message = " ".join(str(error).split()) or "no message"
         where = _user_line(error)
+        said = " ".join(str(error).split()) or "no message"
+        message = said if where else said.rstrip(".")
         raise TargetError(
             f"cannot {doing} {place}: {type(error).__name__}: {message}{where}. The error is in the target's"
             " own code: make it run by itself in Python first."

@@ -58,7 +58,7 @@ def trace(
                 rows=rows or {},
                 without=without,
             )
-            running.did = f"{len(plan.matched)} layers by {method.name}, {_mebibytes(plan)} of state"
+            running.did = f"{len(plan.matched)} layers by {method.name}, {_state_size(plan)} of state"
     except CaptureError as error:
         raise CaptureError(f"{captured.model_name} cannot be captured as one graph: {error}") from error
     if strict:
@@ -84,5 +84,6 @@ def _match(captured: Capture, excluded: Callable[[str], bool], without: frozense
     return matches
 
 
-def _mebibytes(plan: Plan) -> str:
-    return f"{sum(factor.bytes for factor in plan.factors) / 2**20:.1f} MiB"
+def _state_size(plan: Plan) -> str:
+    size = sum(factor.bytes for factor in plan.factors)
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

@@ -49,7 +49,8 @@ class GraphWriter:
         self._order = {node: i for i, node in enumerate(plan.capture.graph.graph.nodes)}
         self._last_placeholder = self.module.graph.find_nodes(op="placeholder")[-1]
         self._states: dict[Key, Node] = {}
-        self._stage, self._num_traced = "", 0
+        self._stage = ""
+        self._kinds: set[Hashable] = set()  # of what this pass wrote
         behind = False
         for captured, copy in self._copies.items():
             behind = behind or captured in plan.capture.backward
@@ -93,7 +94,8 @@ class GraphWriter:
 
     def begin(self, stage: str) -> None:
         """What is written from now on is written by this pass."""
-        self._stage, self._num_traced = stage, 0
+        self._stage = stage
+        self._kinds.clear()
 
     def state_nodes(self) -> list[Node]:
         """The placeholders of the state."""
@@ -116,7 +118,7 @@ class GraphWriter:
         functions that compute the same; equal layers, and the variants of one capture, are traced once.
         """
         known = self.plan.capture.graph.meta.setdefault("kfac_fx_traced", {})
-        before_it = len(known)
+        key = key if runs("equal-layers", self.plan.without) else None
         results = splice(
             self.module,
             function,
@@ -124,20 +126,21 @@ class GraphWriter:
             before=self.end if before is None else before,
             label=f"inserted, {label}",
             source=None if match is None else match.source,
-            key=key if runs("equal-layers", self.plan.without) else None,
+            key=key,
             known=known,
             notes={"kfac_fx_pass": self._stage, "kfac_fx_layer": "" if match is None else match.name},
         )
-        self._num_traced += len(known) > before_it or not runs("equal-layers", self.plan.without)
+        sizes = tuple(fxgraph.value(node).shape for node in arguments)
+        self._kinds.add(object() if key is None else (key, sizes))
         new = {node: name for name, node in reversed(results.items()) if node not in arguments}
         for node, name in new.items():
             node._rename(names[name] if match is None else of_layer(match, names[name]))
         return results
 
     def told(self, num_layers: int) -> str:
-        """How many layers a pass has served, and how many of them it had to trace."""
-        alike = num_layers - self._num_traced
-        return f"{num_layers} layers" + (f", {alike} of them traced before" if alike > 0 else "")
+        """How many layers a pass has served, and how many of them are like another."""
+        alike = num_layers - len(self._kinds)
+        return f"{num_layers} layers" + (f", {alike} of them like another" if alike > 0 else "")
 
     def after(self, captured: Sequence[Node]) -> Node:
         """The node before which code that reads these captured nodes can stand."""

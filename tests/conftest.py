@@ -1,5 +1,6 @@
 """Every test starts from the same seeds, on one thread, in torch's own default dtype."""
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from kfac_fx import traces
 
 SEED = 0
 
+os.environ.pop("COLUMNS", None)  # reports are as wide as they are where nobody asks for a width
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("kfac_fx", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("kfac_fx")

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -95,8 +94,12 @@ def test_transform_writes_the_folder_and_says_so(tmp_path: Path) -> None:
     assert result.exit_code == 0
     folder = tmp_path / "deep" / "out"
     written = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    saved = re.findall(r"^saved (.+)$", result.stdout, re.MULTILINE)
-    assert {str(Path(file).relative_to(folder)) for file in saved} == written and len(saved) == len(written)
+    *_, saved, page, programs, step, report = result.stdout.splitlines()
+    assert saved == f"saved {len(written)} files in {folder}"
+    for line, name in zip(
+        (page, programs, step, report), ("index.html", "passes/", "train_step.py", "report.json"), strict=True
+    ):
+        assert line.startswith(f"  {folder}/{name}  ") and (folder / name).exists()
     assert written >= {"summary.txt", "report.json", "passes/0-captured.py", "passes/0-1.diff"}
     assert result.stdout.startswith((folder / "summary.txt").read_text())
     assert json.loads((folder / "report.json").read_text())["model"] == "TinyGPT"
@@ -106,6 +109,16 @@ def test_transform_writes_the_folder_and_says_so(tmp_path: Path) -> None:
         ast.parse(program)
         sizes[name] = len(program)
     assert sizes["0-captured"] < sizes["step-without-statistics"] < sizes["7-cleaned"]
+
+
+def test_transform_without_a_pass_says_in_one_line_that_there_is_no_training_step(tmp_path: Path) -> None:
+    result = run("transform", COVERED, "--without", "statistics", "-o", str(tmp_path))
+    assert result.exit_code == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: train_step.py was not written: passes are switched off: statistics")
+    assert "train_step.py" not in result.stdout and f"  {tmp_path}/index.html" in result.stdout
+    with pytest.raises(SystemExit, match="statistics"):
+        exec((tmp_path / "train_step.py").read_text(), {})
 
 
 def test_transform_writes_to_kfac_fx_out_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +159,9 @@ def test_a_missing_target_is_an_error() -> None:
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
-    assert "cannot write to" in error_of("transform", COVERED, "-o", str(tmp_path / "taken"))
+    message = error_of("transform", COVERED, "-o", str(tmp_path / "taken"))
+    assert "cannot write to" in message and "it is a file" in message
+    assert "cannot write to" in error_of("transform", "no_such_file.py", "-o", str(tmp_path / "taken"))
 
 
 def test_a_missing_argument_shows_the_usage() -> None:

@@ -125,6 +125,17 @@ def test_a_model_that_fails_by_itself_says_where_and_why() -> None:
     text = message(errors.CaptureError, kfac_fx.compile(model, F.cross_entropy), *batch())
     said(text, "Sequential", "[5, 6]", "[5, 3]")
     assert "backward" not in text, "the forward failed"
+    assert "float32" not in text, "the inputs are of the parameters' dtype"
+    assert ".." not in text
+
+
+def test_a_message_that_ends_with_a_full_stop_is_followed_by_one() -> None:
+    class Refuses(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError(f"no use for {list(x.shape)}.")
+
+    text = message(errors.CaptureError, kfac_fx.inspect, Refuses(4, 3), F.cross_entropy, *batch())
+    said(text, "no use for [5, 4]. Check that")
 
 
 class Grouped(nn.Module):
@@ -192,6 +203,22 @@ def test_no_loss_function_and_nothing_to_guess_from() -> None:
     step = kfac_fx.compile(net())
     text = message(errors.LossError, step, torch.randn(5, 4), torch.randn(5, 7))
     said(text, "loss_fn=None", "Pass loss_fn")
+
+
+def test_an_output_that_is_no_loss_without_loss_function_and_targets_says_so() -> None:
+    text = message(errors.LossError, kfac_fx.inspect, net(), None, torch.randn(5, 4), None)
+    said(text, "loss_fn and targets are None", "model's output", "(5, 3)", "Pass a loss_fn or targets")
+    assert "Reduce" not in text
+
+
+class Pair(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
+def test_a_tuple_without_loss_function_and_targets_says_so() -> None:
+    text = message(errors.LossError, kfac_fx.inspect, Pair(4, 3), None, torch.randn(5, 4), None)
+    said(text, "loss_fn and targets are None", "tuple", "Pass a loss_fn or targets")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -389,7 +416,7 @@ def test_a_parameter_without_a_gradient_is_reported_not_an_error() -> None:
     }
     said(skipped["idle.weight"].advice, "remove it or use it")
     assert torch.equal(model.idle.weight, before["idle.weight"])
-    said(str(step.plan), "idle.weight", "unused")
+    said(str(step.plan), "idle.{weight,bias}", "unused")
 
 
 def test_strict_raises_once_and_lists_everything() -> None:

@@ -14,7 +14,7 @@ PACKAGE = "kfac_fx"
 
 # Lowest first. Rooms of one row never import each other.
 LAYERS = (
-    ("errors", "layout", "host", "precision"),
+    ("errors", "layout", "host", "precision", "wording"),
     ("types", "stages"),
     ("traced",),
     ("contracts", "graph", "linalg", "gram", "loss", "forms"),

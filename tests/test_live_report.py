@@ -1,8 +1,10 @@
 """`step.report()`: its figures against NumPy and dense algebra, its counts against schedules, its silence."""
 
+import copy
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,27 +217,37 @@ def test_where_kl_is_not_known_the_report_says_why() -> None:
     assert step.report().kl is None and "quadratic model" in str(step.report())
 
 
-def run_with(name: str, *, reports: bool) -> tuple[Any, ...]:
-    """What four steps of a model with dropout and batch norm leave; labels are drawn for the Fisher."""
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.2), nn.Linear(5, 4))
-    step = step_of(model, name, fisher="mc")
-    for batch in batches(4, size=8):
+def run_on(step: kfac_fx.TrainStep, *, reports: bool) -> tuple[Any, ...]:
+    """What three more steps leave, the numbers drawn included."""
+    torch.manual_seed(4)
+    for batch in batches(3, size=8):
         step(*batch)
         if reports:
             assert step.report().layers and str(step.report()) and step.report().scalars()
     state = step.state_dict()
-    curvature = {f"{k}.{n}": t for k, s in state["curvature"].items() for n, t in s.items()}
-    return snapshot(model), curvature, state["counts"], torch.get_rng_state()
+    curvature = {f"{k}.{n}": t.clone() for k, s in state["curvature"].items() for n, t in s.items()}
+    return snapshot(step.model), curvature, state["counts"], torch.get_rng_state()
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_report_changes_nothing(name: str) -> None:
-    """Weights, buffers, state and the generator are the same bits with a report after each step."""
-    first, second = (run_with(name, reports=reports) for reports in (True, False))
+    """Weights, buffers, state and the generator are the same bits with a report after each step.
+
+    A model with dropout and batch norm; labels are drawn for the Fisher.
+    """
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.2), nn.Linear(5, 4))
+    step = step_of(model, name, fisher="mc")
+    step(*batches(1, size=8)[0])
+    start = copy.deepcopy((model.state_dict(), step.state_dict()))
+    second = run_on(step, reports=False)
+    model.load_state_dict(start[0])
+    step.load_state_dict(start[1])
+    first = run_on(step, reports=True)
     for one, other in zip(first[:2], second[:2], strict=True):
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert first[2] == second[2] and torch.equal(first[3], second[3])
+    assert any(not torch.equal(first[0][k], tensor) for k, tensor in start[0].items())
 
 
 def test_of_groups_the_worst_one_is_shown() -> None:
@@ -275,15 +287,35 @@ def test_layers_are_chosen_by_pattern_and_large_factors_left_out(shared: Any) ->
     assert "beyond max_dim=6" in str(report)
 
 
-def test_the_text_fits_a_screen_with_the_worst_first_and_alike_layers_in_one_line(shared: Any) -> None:
+def test_the_text_fits_a_screen_in_forward_order_with_alike_layers_in_one_line(shared: Any) -> None:
     step, _ = shared
     text = str(step.report())
-    assert "blocks.[0-1]  x2" in text
-    table = text.split("\n\n")[1].splitlines()[1:]
-    order = [line.split()[0] for line in table if line[0] != " "][:2]
-    worst = {n: max(f.damped_condition for f in e.factors) for e in step.report().layers for n in [e.group]}
-    assert order == sorted(worst, key=lambda name: -worst[name])
+    assert "blocks.[0-1]  x2" in text and "largest over smallest" in text
+    assert shown_layers(text) == ["blocks.[0-1]", "head"]
     assert len(text.splitlines()) < 40 and max(map(len, text.splitlines())) <= 120
+
+
+def test_of_more_layers_than_fit_the_worst_are_shown_in_forward_order(shared: Any) -> None:
+    report = shared[0].report()
+    first = report.layers[0]
+    numbers = [3, 40, 7, 21, 90, 1, 60, 30, 11, 50, 80, 5, 70]
+    factors = [
+        tuple(replace(f, condition=float(n), damped_condition=float(n)) for f in first.factors)
+        for n in numbers
+    ]
+    layers = tuple(
+        replace(first, name=f"l{n}", group=f"l{n}", key=f"l{n}", factors=of_one)
+        for n, of_one in zip(numbers, factors, strict=True)
+    )
+    text = str(replace(report, layers=layers))
+    assert shown_layers(text) == [f"l{n}" for n in numbers if n > 5]  # ten layers of two factors
+    assert "and 3 more lines of layers, better conditioned" in text
+
+
+def shown_layers(text: str) -> list[str]:
+    """Names at the start of the table's lines."""
+    table = text.split("\n\n")[1].split("\nand ")[0].split("\nOf alike")[0].splitlines()[1:]
+    return [line.split()[0] for line in table if line[0] != " "]
 
 
 def test_scalars_are_flat_floats_and_json_has_no_other_constants(shared: Any) -> None:

@@ -5,6 +5,7 @@ import difflib
 import json
 import re
 import zlib
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from kfac_fx.export import page as page_module
 from kfac_fx.export.page import encoded, page
 from kfac_fx.export.page_code import hunks, node_lines
 from kfac_fx.export.page_data import page_data
-from kfac_fx.export.passes import PassProgram, programs_by_pass
 from kfac_fx.export.strip import strip
+from kfac_fx.export.subject import PassProgram, StatisticsStep, statistics_step
 from kfac_fx.target import load_target
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,8 +61,13 @@ def plan() -> Plan:
 
 
 @pytest.fixture(scope="module")
-def data(plan: Plan) -> dict[str, Any]:
-    return page_data(plan)
+def step(plan: Plan) -> StatisticsStep:
+    return statistics_step(plan)
+
+
+@pytest.fixture(scope="module")
+def data(plan: Plan, step: StatisticsStep) -> dict[str, Any]:
+    return page_data(plan, step)
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +76,19 @@ def text(plan: Plan, data: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def programs(plan: Plan) -> tuple[PassProgram, ...]:
-    return programs_by_pass(plan)
+def programs(step: StatisticsStep) -> tuple[PassProgram, ...]:
+    return step.texts
+
+
+def page_of(plan: Plan) -> str:
+    return page(plan, page_data(plan, statistics_step(plan)))
 
 
 def paged(plan: Plan, data: dict[str, Any], *, plain_limit: int = page_module.PLAIN_LIMIT) -> str:
     """The page of data that is made already."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_module, "page_data", lambda _: data)
         patch.setattr(page_module, "PLAIN_LIMIT", plain_limit)
-        return page(plan)
+        return page(plan, data)
 
 
 class Elements(HTMLParser):
@@ -120,7 +129,7 @@ def test_the_page_loads_nothing_from_elsewhere(text: str) -> None:
 
 
 def test_names_and_source_lines_cannot_leave_their_place() -> None:
-    text = page(hostile_plan())
+    text = page_of(hostile_plan())
     elements = Elements(text)
     assert not [tag for tag, _ in elements.tags if tag == "img"]
     assert len(elements.scripts) == 2
@@ -248,6 +257,19 @@ def test_every_skipped_parameter_is_on_the_page_with_reason_and_advice(plan: Pla
         assert shown[skip.parameter]["advice"] == skip.advice
 
 
+def test_the_box_of_skips_says_why_in_words() -> None:
+    target = load_target(f"{GOLDEN / 'tiny_gpt.py'}:build")
+    plan = kfac_fx.inspect(target.model, target.loss_fn, target.inputs, target.targets, method="nkfac")
+    html = page_of(plan)
+    box = html[html.index('class="reasons"') : html.index("</ul>", html.index('class="reasons"'))]
+    reasons = {skip.reason for skip in plan.skipped}
+    assert box.count("<li>") == len(reasons) > 1
+    for reason in reasons:
+        details = [escape(skip.detail) for skip in plan.skipped if skip.reason is reason]
+        tensors = f"<b>{reason.value}</b> {len(details)}</a>"
+        assert tensors in box and any(detail in box for detail in details)
+
+
 def test_areas_of_the_strip_are_proportional_to_the_dimensions(plan: Plan) -> None:
     drawing = ElementTree.fromstring(strip(plan))
     ratios = []
@@ -283,7 +305,7 @@ def test_a_model_without_layers_and_one_without_skips_have_pages() -> None:
     frozen.requires_grad_(False)
     nothing = nn.Sequential(frozen, nn.PReLU())
     plan = kfac_fx.inspect(nothing, lambda y, t: (y - t).square().mean(), torch.ones(4, 3), torch.ones(4, 2))
-    data = data_of(page(plan))
+    data = data_of(page_of(plan))
     assert {skip["reason"] for skip in data["skips"]} >= {"frozen"}
     ElementTree.fromstring(strip(plan))
 
@@ -297,6 +319,6 @@ def test_the_page_of_ten_thousand_nodes_stays_under_a_megabyte() -> None:
     deep = kfac_fx.inspect(target.model, target.loss_fn, target.inputs, target.targets, method="kfac")
     nodes = len(deep.capture.graph.graph.nodes)
     assert nodes > 800
-    text = page(deep)
+    text = page_of(deep)
     stored = len(Elements(text).scripts[0])
     assert len(text) - stored + stored / nodes * 10_000 < 1_000_000

@@ -21,9 +21,9 @@ from selenium.webdriver.support.select import Select
 from kfac_fx.contracts import Plan
 from kfac_fx.export.page import page
 from kfac_fx.export.page_data import page_data
-from kfac_fx.export.passes import PassProgram, programs_by_pass
+from kfac_fx.export.subject import PassProgram, StatisticsStep, statistics_step
 
-from .test_page import GOLDEN, HOSTILE, hostile_plan, plan_of
+from .test_page import GOLDEN, HOSTILE, hostile_plan, page_of, plan_of
 
 PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
 SWITCHES = (
@@ -48,21 +48,25 @@ def plan() -> Plan:
 
 
 @pytest.fixture(scope="module")
-def programs(plan: Plan) -> tuple[PassProgram, ...]:
-    return programs_by_pass(plan)
+def step(plan: Plan) -> StatisticsStep:
+    return statistics_step(plan)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, plan: Plan) -> Path:
+def programs(step: StatisticsStep) -> tuple[PassProgram, ...]:
+    return step.texts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, plan: Plan, step: StatisticsStep) -> Path:
     """Pages by name: `main`, `packed` (deflated) and `hostile`."""
     folder = tmp_path_factory.mktemp("pages")
-    data = page_data(plan)
+    data = page_data(plan, step)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kfac_fx.export.page.page_data", lambda _: data)
-        (folder / "main.html").write_text(page(plan))
+        (folder / "main.html").write_text(page(plan, data))
         patch.setattr("kfac_fx.export.page.PLAIN_LIMIT", 0)
-        (folder / "packed.html").write_text(page(plan))
-    (folder / "hostile.html").write_text(page(hostile_plan()))
+        (folder / "packed.html").write_text(page(plan, data))
+    (folder / "hostile.html").write_text(page_of(hostile_plan()))
     return folder
 
 
@@ -331,6 +335,25 @@ def test_the_page_is_never_wider_than_the_window(reader: Reader, width: int) -> 
             "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
         )
         assert wide[0] <= wide[1], at
+
+
+@pytest.mark.parametrize("width", [1100, 1280, 1900])
+def test_the_strip_fits_its_box_and_gives_its_texts_the_room_there_is(reader: Reader, width: int) -> None:
+    reader.open(size=(width, 800))
+    wide = reader.js(
+        "const box = document.getElementById('strip'); return [box.scrollWidth, box.clientWidth]"
+    )
+    assert wide[0] <= wide[1]
+    texts = reader.js(
+        "const right = document.querySelector('#strip svg').getBoundingClientRect().right;"
+        "return [...document.querySelectorAll('#strip text[data-full]')].map("
+        "(e) => [e.textContent, e.dataset.full, right - e.getBoundingClientRect().right])"
+    )
+    assert len(texts) > 5
+    for shown, full, free in texts:
+        assert free >= 0
+        assert shown == full or (full.startswith(shown.rstrip("\u2026")) and shown != full and free < 40)
+    assert width < 1900 or sum(shown == full for shown, full, _ in texts) > len(texts) / 2
 
 
 CONTRAST = """

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import kfac_fx
 from kfac_fx.contracts import Plan
-from kfac_fx.export.passes import passes, programs_by_pass
+from kfac_fx.export.passes import passes
+from kfac_fx.export.subject import Subject, statistics_step
 from kfac_fx.target import Target, load_target
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,7 +33,9 @@ def plan(target: Target) -> Plan:
 
 @pytest.fixture(scope="module")
 def contents(plan: Plan, target: Target) -> Mapping[str, str]:
-    found = {name.removeprefix("passes/"): text for name, text in passes(plan, target).items()}
+    found = {
+        name.removeprefix("passes/"): text for name, text in passes(Subject(plan=plan, target=target)).items()
+    }
     assert all(isinstance(text, str) for text in found.values())
     return found  # type: ignore[return-value]
 
@@ -219,7 +222,7 @@ def gradient_of(target: Target, name: str) -> Tensor:
 def test_a_pass_that_is_off_has_no_program(target: Target) -> None:
     with kfac_fx.without_passes("averages"):
         plan = kfac_fx.inspect(target.model, target.loss_fn, target.inputs, target.targets)
-    files = [program.file for program in programs_by_pass(plan)]
+    files = [program.file for program in statistics_step(plan).texts]
     assert files == [
         "0-captured.py",
         "1-matched.py",
@@ -229,7 +232,22 @@ def test_a_pass_that_is_off_has_no_program(target: Target) -> None:
         "5-lengths.py",
         "6-cleaned.py",
     ]
-    assert "without averages" in programs_by_pass(plan)[-1].text.splitlines()[2]
+    assert "without averages" in statistics_step(plan).texts[-1].text.splitlines()[2]
+
+
+def test_names_that_end_a_comment_give_programs_that_are_python() -> None:
+    names = ("a\nb = 1 +", "\x0c(", 'three"""', "back\\", "\u2028c")
+    model = nn.Sequential()
+    for name in names:
+        model.add_module(name, nn.Linear(3, 3))
+    batch = torch.ones(2, 3)
+    plan = kfac_fx.inspect(model, nn.MSELoss(), batch, batch)
+    target = Target(model=model, loss_fn=nn.MSELoss(), inputs=batch, targets=batch, label="names")
+    for file, text in passes(Subject(plan=plan, target=target)).items():
+        assert isinstance(text, str) and len(text.splitlines()) == text.count("\n")
+        if file.endswith(".py"):
+            ast.parse(text)
+    assert r"# parameter a\nb = 1 +.weight" in text
 
 
 def test_the_time_to_write_programs_grows_with_the_nodes_and_not_with_their_square() -> None:
@@ -240,8 +258,8 @@ def test_the_time_to_write_programs_grows_with_the_nodes_and_not_with_their_squa
         model, batch = nn.Sequential(*layers), torch.ones(2, 4)
         plan = kfac_fx.inspect(model, nn.MSELoss(), batch, batch)
         target = Target(model=model, loss_fn=nn.MSELoss(), inputs=batch, targets=batch, label="deep")
-        passes(plan, target)  # traces equal layers
+        passes(Subject(plan=plan, target=target))  # traces equal layers
         start = time.process_time()
-        passes(plan, target)
+        passes(Subject(plan=plan, target=target))
         seconds[depth] = time.process_time() - start
     assert seconds[16] < 8 * seconds[4]

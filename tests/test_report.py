@@ -4,6 +4,7 @@
 """
 
 import ast
+import contextlib
 import dataclasses
 import io
 import json
@@ -30,7 +31,7 @@ from kfac_fx.types import LayerMatch
 GOLDEN = Path(__file__).parent / "golden"
 WIDTHS = (80, 100, 120, 200)
 NARROW = 120
-COSTS = {"state": "bytes", "stats": "flops_statistics", "invert": "flops_refresh", "apply": "flops_apply"}
+COSTS = {"state": "bytes", "stats": "flops_statistics", "refresh": "flops_refresh", "apply": "flops_apply"}
 
 
 def make_plan(name: str = "tiny_gpt") -> Plan:
@@ -294,6 +295,28 @@ def test_the_cost_line_adds_up(plan: Plan, document: dict[str, Any]) -> None:
     assert f"{cost['bytes'] / (4 * elements):.1f} times the parameters" in memory
 
 
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [("precondition", {"apply"}), ("statistics", {"statistics", "refresh"}), ("lengths", set())],
+)
+def test_a_pass_that_is_off_costs_nothing(plan: Plan, name: str, off: set[str]) -> None:
+    plan = dataclasses.replace(plan, without=frozenset({name}))
+    found, every = report.document(plan), plan.method.inverse_every
+    flops = {
+        phase: sum(getattr(f, f"flops_{phase}") for f in plan.factors)
+        for phase in ("apply", "statistics", "refresh")
+    }
+    expected = {phase: 0 if phase in off else number for phase, number in flops.items()}
+    bytes_kept = sum(factor.bytes for factor in plan.factors)
+    assert found["totals"]["cost"] == {"bytes": bytes_kept} | {f"flops_{p}": n for p, n in expected.items()}
+    per_step = sum(number / (every if phase == "refresh" else 1) for phase, number in expected.items())
+    model = found["totals"]["flops_model"]
+    assert found["totals"]["overhead"]["total"] == pytest.approx(per_step / model)
+    for phase, number in expected.items():
+        assert sum(row["cost"][f"flops_{phase}"] for row in found["rows"]) == number
+        assert (f"{phase} off" in report.render(plan).splitlines()[-2]) == (phase in off)
+
+
 def test_a_model_without_counted_work_has_no_percentages(plan: Plan) -> None:
     line = report.render(dataclasses.replace(plan, model_flops=0)).splitlines()[-2]
     assert "%" not in line and line.startswith("per step  model 0")
@@ -365,13 +388,42 @@ def test_columns_are_cut_in_order(plan: Plan) -> None:
         dropped += [name for name in natural if name not in fits and name not in dropped]
         if width >= 50:
             assert sum(fits.values()) + len(text.GAP) * (len(fits) - 1) <= width
-    assert dropped[:3] == ["source", "apply", "invert"]
+    assert dropped[:3] == ["source", "apply", "refresh"]
 
 
 def test_a_narrow_terminal_gets_whole_lines(plan: Plan) -> None:
     lines = shown(plan, width=90, terminal=True).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("layer "))
     assert all(len(line) <= 90 for line in lines[start : start + 8])
+
+
+def test_a_narrow_report_names_the_columns_that_it_hides(plan: Plan) -> None:
+    for width in (60, 90):
+        lines = shown(plan, width=width, terminal=True).splitlines()
+        header = next(line.split() for line in lines if line.startswith("layer "))
+        full = next(line.split() for line in report.render(plan).splitlines() if line.startswith("layer "))
+        start = next(i for i, line in enumerate(lines) if line.startswith("hidden: "))
+        said = " ".join(" ".join(lines[start : start + 3]).split()).partition(
+            " (widen the terminal, or --json)"
+        )
+        assert said[1] and said[0].removeprefix("hidden: ").split(", ") == [
+            n for n in full if n not in header
+        ]
+    assert "hidden:" not in shown(plan, width=200, terminal=True) and "hidden:" not in report.render(plan)
+
+
+@pytest.mark.parametrize("columns", ["60", "", "0", "wide"])
+def test_columns_sets_the_width_of_a_pipe(plan: Plan, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with contextlib.redirect_stdout(io.StringIO()) as stream:
+        table.show(plan, table.make_console())
+    longest = max(map(len, stream.getvalue().splitlines()))
+    assert longest <= 60 if columns == "60" else stream.getvalue().rstrip("\n") == report.render(plan)
+
+
+def test_the_phase_of_the_inverses_has_one_name(plan: Plan) -> None:
+    rendered = report.render(plan)
+    assert "refresh" in rendered and "inver" not in rendered
 
 
 # --- the document ---

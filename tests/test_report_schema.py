@@ -20,6 +20,7 @@ from kfac_fx import report
 from kfac_fx.contracts import Method, Plan
 from kfac_fx.errors import KfacFxError, Reason
 from kfac_fx.export.environment import environment
+from kfac_fx.export.subject import Subject
 from kfac_fx.match import match
 from kfac_fx.methods import METHODS
 from kfac_fx.plan import make_plan
@@ -188,7 +189,7 @@ def test_rows_hold_every_layer_once_and_add_up(good: Document) -> None:
 
 
 def test_the_environment_names_versions_options_and_shapes(plan: Plan, target: Target) -> None:
-    text = environment(plan, target)["environment.json"]
+    text = environment(Subject(plan=plan, target=target))["environment.json"]
     content = json.loads(text)
     assert content["schema"] == "kfac_fx.environment/1" and content["target"] == "tiny_gpt.py"
     assert (
@@ -268,6 +269,14 @@ def test_no_line_of_a_difference_is_wider_than_the_terminal(plan: Plan, good: Do
     other = json.loads(report.to_json(with_method(plan, kfac_fx.SKFAC())))
     lines = plain_text(difference_lines(difference(good, other), names=("before", "after"), width=width))
     assert max(map(len, lines.splitlines())) <= width
+
+
+def test_points_and_percentages_of_a_difference_have_the_same_precision(plan: Plan, good: Document) -> None:
+    other = json.loads(report.to_json(with_method(plan, kfac_fx.SKFAC())))
+    lines = plain_text(difference_lines(difference(good, other), names=("before", "after")))
+    totals = lines[lines.index("total ") :]
+    changes = re.findall(r"[+-][\d,]+\.(\d+)(?:%| points)$", totals, re.MULTILINE)
+    assert " points" in totals and len(changes) > 2 and {len(digits) for digits in changes} == {1}
 
 
 def run(*arguments: str) -> Result:

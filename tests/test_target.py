@@ -98,6 +98,37 @@ def test_a_missing_module_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "Did you mean 'alone.py'?" in message("alone")
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("printing.sub.model:prints", "printing.sub.models"),
+        ("printing.subs.models", "printing.sub.models"),
+        ("printin.sub.models", "printing.sub.models"),
+        ("printing.sub.elsewhere", None),
+        ("printing.sub.models.deep", None),
+    ],
+)
+def test_a_module_gets_a_proposal_from_its_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, meant: str | None
+) -> None:
+    (tmp_path / "printing" / "sub").mkdir(parents=True)
+    for folder in (tmp_path / "printing", tmp_path / "printing" / "sub"):
+        write(folder, "", "__init__.py")
+    write(tmp_path / "printing" / "sub", FACTORY, "models.py")
+    monkeypatch.chdir(tmp_path)
+    for name in ("printing", "printing.sub", "printing.sub.models"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    text = message(typed)
+    for name in ("printing", "printing.sub", "printing.sub.models"):
+        sys.modules.pop(name, None)
+    assert f"Did you mean {meant!r}?" in text if meant else "Did you mean" not in text
+
+
+def test_a_message_of_the_users_code_gets_one_full_stop(tmp_path: Path) -> None:
+    text = message(write(tmp_path, "raise ValueError('wrong.')\n"))
+    assert "wrong." in text and ".." not in text
+
+
 def test_a_failing_import_names_the_users_line(tmp_path: Path) -> None:
     text = message(write(tmp_path, "import torch\nimport a_module_that_is_not_there\n"))
     assert "ModuleNotFoundError" in text and "net.py:2: import a_module_that_is_not_there" in text

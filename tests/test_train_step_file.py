@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import kfac_fx
 from kfac_fx.errors import ExportError
+from kfac_fx.export.subject import Subject
 from kfac_fx.export.train_step import export_train_step, train_step
 from kfac_fx.target import Target
 
@@ -268,6 +269,85 @@ def test_a_method_with_the_quadratic_model_is_refused_and_the_file_says_why() ->
     with pytest.raises(ExportError, match="quadratic_model=False"):
         export_train_step(plan, target)
     with pytest.warns(UserWarning, match="quadratic_model=False"):
-        files = train_step(plan, target)
+        files = train_step(Subject(plan=plan, target=target))
     with pytest.raises(SystemExit, match="quadratic_model=False"):
         exec(files["train_step.py"], {})
+
+
+AWKWARD = ("plain", "é漢", "ö", "a\nb", "back\\", 'three"""', 'end"', "a_b", "mapping", "none", "valueError")
+
+
+class Awkward(nn.Module):
+    """Weights whose names end a comment or a docstring, are not ASCII, or are alike as variables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Module()
+        self.a.b = nn.Parameter(torch.randn(2, 2))
+        for name in AWKWARD:
+            self.register_parameter(name, nn.Parameter(torch.randn(2, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.a.b
+        for name in AWKWARD:
+            x = torch.tanh(x @ self._parameters[name])
+        return x
+
+
+@pytest.fixture(scope="module")
+def awkward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exported step of a model with awkward names; its label is awkward as well."""
+    torch.manual_seed(0)
+    model, inputs, targets = Awkward(), torch.randn(5, 2), torch.randn(5, 2)
+    plan = kfac_fx.inspect(model, F.mse_loss, inputs, targets)
+    label = 'a\\ b"""\n.py"'
+    target = Target(model=model, loss_fn=F.mse_loss, inputs=inputs, targets=targets, label=label)
+    folder = tmp_path_factory.mktemp("awkward")
+    for name, content in export_train_step(plan, target).items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def test_any_name_of_a_parameter_gives_a_file_that_runs(awkward: Path) -> None:
+    module = loaded(awkward)
+    assert {layer.weight for layer in module.LAYERS} == {"a.b", *AWKWARD}
+    assert len({layer.__name__ for layer in module.LAYERS}) == 1 + len(AWKWARD)
+    described = [layer.__doc__ for layer in module.LAYERS]
+    assert r"a\nb: a\nb." in described and 'three""": three""".' in described
+    state = module.initial_state()
+    before = {name: tensor.clone() for name, tensor in state["parameters"].items()}
+    assert bool(torch.isfinite(module.step(state, *module.random_batch())))
+    assert not any(torch.equal(state["parameters"][name], old) for name, old in before.items())
+
+
+def test_layers_that_are_alike_as_variables_name_their_own_line(awkward: Path) -> None:
+    """By the dict of statistics that the program returns, which is written from the nodes."""
+    text = (awkward / "train_step.py").read_text()
+    lines = text.split("\n")
+    program = next(
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.name == "loss_gradients_and_statistics"
+    )
+    returned = next(
+        ast.unparse(node.value)
+        for node in program.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "statistics"
+    )
+    for key in ("a.b", "a_b", "é漢", "ö"):
+        heading = next(n for n, line in enumerate(lines) if line.startswith(f"# {key} ("))
+        for name in ("A", "G"):
+            line = next(line for line in lines[heading:] if line.startswith(f"# {name}: "))
+            found = re.search(r"; line (\d+), (\w+)$", line)
+            assert found is not None, line
+            assert lines[int(found[1]) - 1].startswith(f"    {found[2]} = ")
+            own = returned.split(f"{key!r}: ")[1].split("}")[0]
+            assert re.search(rf"'{name}': {found[2]}\b", own), (key, own)
+
+
+def test_a_text_that_is_not_python_is_an_export_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = pixels()
+    plan = kfac_fx.inspect(target.model, F.cross_entropy, target.inputs, target.targets)
+    monkeypatch.setattr("kfac_fx.export.train_step.batch_text", lambda *_: "a line that is no Python")
+    with pytest.raises(ExportError, match="not valid Python"):
+        export_train_step(plan, target)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import kfac_fx
-from kfac_fx import autocorrelation, functions, gram, instrument, passes
+from kfac_fx import autocorrelation, collect, functions, gram, passes
 from kfac_fx.layers.convolution import Convolution
 from kfac_fx.layers.linear import Linear
 from kfac_fx.methods import kfac as kfac_method
@@ -120,6 +120,15 @@ def test_sound_models_are_ok_in_every_part(make: Callable[[], Example], options:
     found = kfac_fx.verify(*seeded(make), **options)
     check_all_ok(found)
     assert found.precision == ("float64" if options.get("float64", True) else "float32")
+
+
+def test_the_report_of_a_verification_is_in_words() -> None:
+    lines = str(kfac_fx.verify(*seeded(mlp))).splitlines()
+    header = next(line for line in lines if line.startswith("layer "))
+    assert "seen at" in header and "rows" not in header
+    assert any(line.startswith("scale of the loss (1/R_)") for line in lines)
+    (others,) = [line for line in lines if line.startswith("update of other parameters")]
+    assert others.split("parameters")[1].split()[0] == "none" and "ok" not in others
 
 
 @pytest.mark.parametrize("method", kfac_fx.methods())
@@ -250,7 +259,7 @@ def test_swapped_layers_are_a_violation_of_both(monkeypatch: pytest.MonkeyPatch)
         other = twins.get({"0.weight": "2.weight", "2.weight": "0.weight"}.get(match.key, match.key), match)
         return original(other)
 
-    monkeypatch.setattr(instrument, "use_nodes", exchanged)
+    monkeypatch.setattr(collect, "use_nodes", exchanged)
     found = violated(kfac_fx.verify(model, nn.MSELoss(), *batch))
     assert found and set(found) <= {"0", "2"} and all("statistics" in checks for checks in found.values())
 

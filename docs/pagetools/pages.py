@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 
 import torch
 
@@ -27,6 +28,7 @@ _RANGE = re.compile(r"^(?P<file>\S+) /(?P<start>.+?)/( /(?P<end>.+?)/)?$")
 _NEXT = r"^\s*(#.*)?$"
 _LANGUAGES = {".py": "python", ".diff": "diff", ".json": "json"}
 _LONGEST = 60  # lines of an output or an excerpt
+_WIDTH = 110  # columns of a message
 
 
 def rendered(text: str, *, page: str) -> str:
@@ -53,9 +55,21 @@ def _filled(
         shown.append(line)
         block = ends.get(number)
         if block is not None and printed.get(block.line, "").strip():
-            fence = ["", "``` { .text .output }", *_shortened(printed[block.line].rstrip()), "```", ""]
+            fence = [
+                "",
+                "``` { .text .output }",
+                *_shortened(_folded(printed[block.line].rstrip())),
+                "```",
+                "",
+            ]
             shown += [" " * block.indent + part for part in fence]
     return "\n".join(shown) + "\n"
+
+
+def _folded(text: str) -> str:
+    """Messages of errors, one line each, as a terminal shows them."""
+    lines = (fill(line, _WIDTH) if re.match(r"\w+Error: ", line) else line for line in text.splitlines())
+    return "\n".join(lines)
 
 
 def _shortened(text: str) -> list[str]:
@@ -119,6 +133,18 @@ def methods_table() -> str:
     for name, method in METHODS.items():
         settings = method()
         every = f"{settings.statistics_every} / {settings.inverse_every or '-'}"
-        cells = [f"[`{name}`]({name}.md)", method.stored, *method.costs, every]
-        rows.append("| " + " | ".join(cell.replace("_", r"\_").replace("*", r"\*") for cell in cells) + " |")
+        cells = [f"[`{name}`]({name}.md)", _stored(method.stored), *map(_formula, method.costs), every]
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+
+
+def _stored(text: str) -> str:
+    """`what: how many; else` with the count as a formula."""
+    what, _, rest = text.partition(": ")
+    count, _, other = rest.partition("; ")
+    return f"{what}: {_formula(count)}" + (f" ({other})" if other else "")
+
+
+def _formula(cost: str) -> str:
+    """A cost in d_A, d_G, n, m as TeX; a word as it is."""
+    return cost if cost.isalpha() else f"${cost}$"

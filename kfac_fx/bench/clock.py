@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 Key = TypeVar("Key")
@@ -97,14 +97,22 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
+    held = _alive()  # for the profiler warns of what is freed and was allocated before it watched
     with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         run()
         with record_function(_MEASURED):
             run()
+    del held
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         watched.export_chrome_trace(str(file))
         return _peak(json.loads(file.read_text(encoding="utf-8"))["traceEvents"])
+
+
+def _alive() -> list[torch.UntypedStorage]:
+    """The memory of all tensors that exist on the CPU now."""
+    tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
+    return [t.untyped_storage() for t in tensors if t.device.type == "cpu" and t.layout is torch.strided]
 
 
 @contextlib.contextmanager

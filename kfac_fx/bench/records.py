@@ -83,6 +83,11 @@ class ContenderReport:
     memory: Memory | None
 
     @property
+    def schedule(self) -> str:
+        """`1/10`: steps between statistics and between refreshes, `10/-` without refreshes; or nothing."""
+        return "" if self.every is None else f"{self.every[0]}/{self.every[1] or '-'}"
+
+    @property
     def mean(self) -> float:
         """Mean of the consecutive steps."""
         return statistics.fmean(self.seconds)

@@ -73,7 +73,7 @@ def _steps(report: BenchReport) -> Table:
         ratios = report.ratios(entry)
         table.add_row(
             entry.label,
-            "" if entry.every is None else f"{entry.every[0]}/{entry.every[1] or '-'}",
+            entry.schedule,
             _with_ratio(entry.mean, ratios["mean"]),
             _with_ratio(entry.median, ratios["median"]),
             _with_ratio(entry.slowest, ratios["slowest"]),

@@ -4,4 +4,5 @@ Enters: a plan and the model it was made of. Leaves: files. Reads everything, is
 alone.
 """
 
+from kfac_fx.export.folder import check_folder as check_folder
 from kfac_fx.export.folder import save as save

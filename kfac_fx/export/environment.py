@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from kfac_fx.contracts import Plan
 from kfac_fx.errors import Reason
+from kfac_fx.export.subject import Subject
 from kfac_fx.report.document import device_type, hyperparameters, version
 from kfac_fx.target import Target
 
@@ -24,9 +25,10 @@ SCHEMA = "kfac_fx.environment/1"
 FILE_NAME = "environment.json"
 
 
-def environment(plan: Plan, target: Target) -> Mapping[str, str]:
+def environment(subject: Subject) -> Mapping[str, str]:
     """The part of the folder that says how to make it again."""
-    return {FILE_NAME: json.dumps(environment_document(plan, target), indent=2, sort_keys=True) + "\n"}
+    document = environment_document(subject.plan, subject.target)
+    return {FILE_NAME: json.dumps(document, indent=2, sort_keys=True) + "\n"}
 
 
 def environment_document(plan: Plan, target: Target) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from kfac_fx.batch import flatten_batch
 from kfac_fx.contracts import Plan
 from kfac_fx.errors import ExportError
 from kfac_fx.export.layer_sections import quoted
+from kfac_fx.wording import with_article
 
 _PLAIN = (bool, int, float, str, type(None))
 _IDENTITY = "inputs and targets may be tensors, tuples, lists, dicts and plain numbers or strings"
@@ -72,7 +73,7 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (Tensor, *_PLAIN)):
         yield place, value
     else:
-        raise ExportError(f"{place} is a {type(value).__name__}: {_IDENTITY}.")
+        raise ExportError(f"{place} is {with_article(type(value).__name__)}: {_IDENTITY}.")
 
 
 def _constant(place: str, value: Any) -> Iterator[str]:

@@ -1,19 +1,22 @@
 """All files of the folder, from one plan.
 
-Each part of the folder is one function from a plan (and the user's target) to contents by name. Existing
-files of the same names are replaced; nothing else in the folder is touched.
+Each part of the folder is one function from a subject (plan, target and what they share) to contents by name.
+Existing files of the same names are replaced; nothing else in the folder is touched.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kfac_fx.contracts import Plan
-from kfac_fx.errors import KfacFxError
+from kfac_fx.errors import ExportError, ExportWarning, KfacFxError
 from kfac_fx.export.environment import environment
 from kfac_fx.export.page import pages
 from kfac_fx.export.passes import passes
+from kfac_fx.export.subject import Subject
 from kfac_fx.export.train_step import train_step
 from kfac_fx.report.document import to_json
 from kfac_fx.report.text import render
@@ -22,26 +25,57 @@ from kfac_fx.target import Target
 Contents = Mapping[str, str | bytes]
 
 
-def reports(plan: Plan, target: Target) -> Contents:
+def reports(subject: Subject) -> Contents:
     """What was printed, and the same as JSON."""
-    return {"summary.txt": render(plan) + "\n", "report.json": to_json(plan) + "\n"}
+    return {"summary.txt": render(subject.plan) + "\n", "report.json": to_json(subject.plan) + "\n"}
 
 
-PARTS: tuple[Callable[[Plan, Target], Contents], ...] = (reports, environment, pages, passes, train_step)
+PARTS: tuple[Callable[[Subject], Contents], ...] = (reports, environment, pages, passes, train_step)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `KfacFxError` if files cannot be written to this folder, which need not exist. Writes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        what = "a file" if there.exists() else "a link to nothing"
+        problem = f"{'it' if there == folder else there} is {what}, not a folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        problem = f"no permission to write{'' if there == folder else f' in {there}'}"
+    else:
+        return
+    raise KfacFxError(f"cannot write to {folder}: {problem}. Choose another folder.")
 
 
 def save(plan: Plan, target: Target, folder: Path) -> tuple[Path, ...]:
-    """Write all parts. Returns the paths, in order.
+    """Write all parts. Returns the paths of what was written, in order.
 
-    target: the model and batch that the plan was made of. Raises `KfacFxError` if the folder cannot be
-    written.
+    target: the model and batch that the plan was made of. A part that fails does not cost the others:
+    `ExportError` is an `ExportWarning` here, any other error is raised when the others are written. Raises
+    `KfacFxError` if the folder cannot be written.
     """
-    contents = {name: content for part in PARTS for name, content in part(plan, target).items()}
+    check_folder(folder)
+    subject = Subject(plan=plan, target=target)
+    written: list[Path] = []
+    failures: list[Exception] = []
+    for part in PARTS:
+        try:
+            contents = part(subject)
+        except ExportError as error:
+            message = f"{part.__name__} was not written: {error}"
+            warnings.warn(ExportWarning(message, file=part.__name__), stacklevel=2)
+        except Exception as error:
+            failures.append(error)
+        else:
+            written += [_write(folder / name, content) for name, content in contents.items()]
+    if failures:
+        raise failures[0]
+    return tuple(written)
+
+
+def _write(path: Path, content: str | bytes) -> Path:
     try:
-        for name, content in contents.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        raise KfacFxError(f"cannot write to {folder}: {error.strerror}. Choose another folder.") from error
-    return tuple(folder / name for name in contents)
+        raise KfacFxError(f"cannot write {path}: {error.strerror}. Choose another folder.") from error
+    return path

@@ -1,14 +1,15 @@
 """One section per layer of an exported training step: its state, and its gradients as one matrix and back.
 
-Enters: a plan. Leaves: lines of Python. Where a factor is computed is a mark, `LINE`, that is replaced by a
-line number when the file is complete.
+Enters: a plan. Leaves: lines of Python. Where a factor is computed is a mark, `LINE`, of a variable; it is
+replaced by a line number when the file is complete.
 """
 
 from __future__ import annotations
 
 import json
+import keyword
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from torch import Tensor
 from kfac_fx.canonical import initial_state, state_dtype, state_owner
 from kfac_fx.contracts import Plan
 from kfac_fx.layout import Layout, Permute
+from kfac_fx.report.comments import in_comment, in_docstring
 from kfac_fx.types import FactorSpec, LayerMatch
+from kfac_fx.writer import Key
 
 RULE = "# " + "-" * 106
 LINE = "@line of {}@"
@@ -33,23 +36,18 @@ def tuple_text(names: Sequence[str]) -> str:
 
 
 def variable(text: str) -> str:
-    """A parameter's name, or one of its parts, as a Python name."""
-    clean = re.sub(r"\W+", "_", text).strip("_")
+    """A parameter's name, or one of its parts, as an ASCII name that the graph may still have to change."""
+    clean = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")
     return clean if clean.isidentifier() else f"p_{clean}"
-
-
-def statistic_variable(key: str, name: str) -> str:
-    """The variable of a program that holds a statistic of a layer."""
-    return f"{name}_of_{variable(key)}"
 
 
 def class_names(plan: Plan, taken: set[str]) -> dict[str, str]:
     """A class for each layer, by its key; none of `taken`."""
     names: dict[str, str] = {}
     for match in plan.matched:
-        parts = re.split(r"[\W_]+", match.key.removesuffix(".weight"))
+        parts = re.split(r"[\W_]+", match.key.removesuffix(".weight"), flags=re.ASCII)
         base = "".join(part[:1].upper() + part[1:] for part in parts if part)
-        base = base if base.isidentifier() else f"Layer{base}"
+        base = base if base.isidentifier() and not keyword.iskeyword(base) else f"Layer{base}"
         name, number = base, 2
         while name in taken or name in names.values():
             name, number = f"{base}{number}", number + 1
@@ -57,32 +55,40 @@ def class_names(plan: Plan, taken: set[str]) -> dict[str, str]:
     return names
 
 
-def sections(plan: Plan, names: dict[str, str]) -> Iterator[str]:
-    """A section for each layer, `LAYERS`, and `to_all_parameters`. names: of their classes, by key."""
+def sections(plan: Plan, names: Mapping[str, str], variables: Mapping[Key, str]) -> Iterator[str]:
+    """A section for each layer, `LAYERS`, and `to_all_parameters`.
+
+    names: of their classes, by key. variables: of the program, that hold their statistics.
+    """
     for match in plan.matched:
-        yield "\n".join([*_heading(plan, match), *_layer_class(plan, match, names[match.key])])
+        yield "\n".join([*_heading(plan, match, variables), *_layer_class(plan, match, names[match.key])])
     listed = "".join(f"    {name},\n" for name in names.values())
     yield f"LAYERS: tuple[type[Layer], ...] = (\n{listed})" if listed else "LAYERS = ()"
     yield "\n".join(_to_all_parameters(plan))
 
 
-def _heading(plan: Plan, match: LayerMatch) -> Iterator[str]:
+def _heading(plan: Plan, match: LayerMatch, variables: Mapping[Key, str]) -> Iterator[str]:
     """What the layer is, and what computes its factors."""
     yield RULE
+    yield from (f"# {in_comment(text)}" for text in _facts(plan, match, variables))
+    yield RULE
+
+
+def _facts(plan: Plan, match: LayerMatch, variables: Mapping[Key, str]) -> Iterator[str]:
     source = f", {match.source}  {match.source.code}" if match.source else ""
-    yield f"# {match.name or match.key} ({match.kind}){source}"
+    yield f"{match.name or match.key} ({match.kind}){source}"
     matrix = "[channels, entries]" if match.structure == "block" else "[groups, out, in]"
     rows = "" if match.part is None else f", rows {match.part[0]} to {match.part[1]}"
-    yield f"# gradient of {match.weight}{rows}{' and ' + match.bias if match.bias else ''} as one {matrix}"
+    yield f"gradient of {match.weight}{rows}{' and ' + match.bias if match.bias else ''} as one {matrix}"
     specs = [spec for spec in plan.factors if spec.owner == match.key]
     for name in plan.method.statistics_names(match):
         owner = state_owner(plan, match, name)
         form = next((f": {_form(spec)}" for spec in specs if spec.side == name[0]), "")
         if owner != match.key:
-            yield f"# {name} is that of {owner}, which reads the same input"
+            yield f"{name} is that of {owner}, which reads the same input"
             continue
-        yield f"# {name}{form}; line {LINE.format(statistic_variable(match.key, name))}"
-    yield RULE
+        computed = variables.get((match.key, name))
+        yield f"{name}{form}" + (f"; line {LINE.format(computed)}" if computed else "")
 
 
 def _form(spec: FactorSpec) -> str:
@@ -96,7 +102,8 @@ def _layer_class(plan: Plan, match: LayerMatch, name: str) -> Iterator[str]:
     owners = {n: state_owner(plan, match, n) for n in state}
     shared = {n: owner for n, owner in owners.items() if owner != match.key}
     yield f"class {name}(Layer):"
-    yield f'    """{match.name or match.key}: {match.weight}{" and " + match.bias if match.bias else ""}."""'
+    about = f"{match.name or match.key}: {match.weight}{' and ' + match.bias if match.bias else ''}."
+    yield f'    """{in_docstring(about)}"""'
     yield ""
     yield f"    key = {quoted(match.key)}"
     yield f"    weight = {quoted(match.weight)}"

@@ -1,6 +1,6 @@
 """`index.html`: one file that a person opens, without network, and the strip as a file of its own.
 
-Enters: a plan. Leaves: text. Everything the page shows is in it: the style, the script, and one JSON value
+Enters: a subject. Leaves: text. Everything the page shows is in it: the style, the script, and one JSON value
 that is deflated where it is long.
 """
 
@@ -17,30 +17,31 @@ from itertools import pairwise
 from typing import Any
 
 from kfac_fx.contracts import Plan
+from kfac_fx.errors import Reason
 from kfac_fx.export.page_data import page_data
 from kfac_fx.export.strip import strip
-from kfac_fx.report.lines import plain_text
+from kfac_fx.export.subject import Subject
 from kfac_fx.report.numbers import bytes_text, flops_text, share_text, tensors_text
 from kfac_fx.report.rows import Totals, totals
-from kfac_fx.report.skips import skip_rows
-from kfac_fx.report.text import cost_lines
-from kfac_fx.target import Target
+from kfac_fx.report.skips import SkipRow, skip_rows
+from kfac_fx.wording import counted
 
 PLAIN_LIMIT = 400_000
-_SCRIPTS = ("start.js", "table.js", "layer.js", "graph.js", "code.js", "page.js")
+_SCRIPTS = ("start.js", "strip.js", "table.js", "layer.js", "graph.js", "code.js", "page.js")
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 
-def pages(plan: Plan, target: Target) -> dict[str, str]:
+def pages(subject: Subject) -> dict[str, str]:
     """`index.html` and `strip.svg`."""
-    return {"index.html": page(plan), "strip.svg": strip(plan, page="index.html") + "\n"}
+    drawing = strip(subject.plan, page="index.html")
+    data = page_data(subject.plan, subject.step)
+    return {"index.html": page(subject.plan, data), "strip.svg": drawing + "\n"}
 
 
-def page(plan: Plan) -> str:
-    """The page as one text."""
-    content = dict(page_data(plan))
-    content |= {"graphs": [_relative(graph) for graph in content["graphs"]]}
-    encoding, data = encoded(json.dumps(content, separators=(",", ":")))
+def page(plan: Plan, data: Mapping[str, Any]) -> str:
+    """The page as one text. data: of `page_data`."""
+    content = {**data, "graphs": [_relative(graph) for graph in data["graphs"]]}
+    encoding, stored = encoded(json.dumps(content, separators=(",", ":")))
     name = plan.capture.model_name
     return _filled(
         _asset("page.html"),
@@ -52,7 +53,7 @@ def page(plan: Plan) -> str:
             "strip": strip(plan),
             "style": _asset("page.css"),
             "encoding": encoding,
-            "data": data,
+            "data": stored,
             "script": "\n".join(_asset(file) for file in _SCRIPTS),
         },
     )
@@ -94,7 +95,7 @@ def _settings(plan: Plan) -> str:
         ("method", plan.method.name),
         ("sharing", plan.sharing),
         ("fisher", plan.fisher),
-        ("captured", f"{nodes:,} nodes"),
+        ("captured", counted(nodes, "node")),
         ("loss", plan.capture.loss_info.note),
     )
     return "".join(f"<span><i>{escape(name)}</i> {escape(value)}</span>" for name, value in parts)
@@ -103,7 +104,7 @@ def _settings(plan: Plan) -> str:
 def _summary(plan: Plan) -> str:
     """Three answers: what is covered, what is not and why, what a step costs."""
     sums = totals(plan)
-    return "".join([_covered(plan, sums), _left_out(plan, sums), _work(sums), _line(sums)])
+    return "".join([_covered(plan, sums), _left_out(plan, sums), _work(sums)])
 
 
 def _card(title: str, figure: str, body: str) -> str:
@@ -112,10 +113,13 @@ def _card(title: str, figure: str, body: str) -> str:
 
 
 def _covered(plan: Plan, sums: Totals) -> str:
+    bytes_each = sums.parameter_bytes
+    times = f" ({sums.cost.state_bytes / bytes_each:,.1f} times as many)" if bytes_each else ""
     share = f'<div class="share"><i style="width:{plan.coverage:.2%}"></i></div>'
     text = (
-        f"{sums.layers:,} layers, {sums.matched:,} of {sums.trainable:,} trainable parameters. "
-        f"Curvature state: {bytes_text(sums.cost.state_bytes)} bytes."
+        f"{counted(sums.layers, 'layer')}, {sums.matched:,} of "
+        f"{counted(sums.trainable, 'trainable parameter')}. Parameters: {bytes_text(sums.parameter_bytes)} "
+        f"bytes; curvature state: {bytes_text(sums.cost.state_bytes)} bytes{times}."
     )
     return _card("Preconditioned", f"{plan.coverage:.1%}", f"{share}<p>{escape(text)}</p>")
 
@@ -123,15 +127,25 @@ def _covered(plan: Plan, sums: Totals) -> str:
 def _left_out(plan: Plan, sums: Totals) -> str:
     if not plan.skipped:
         return _card("Skipped", "nothing", "<p>Every trainable parameter is preconditioned.</p>")
-    chips = "".join(
-        f'<li><a href="#skipped" title="{escape(reason.advice)}"><b>{escape(reason.value)}</b> '
-        f"{sum(len(row.members) for row in rows)}</a></li>"
-        for reason, rows in skip_rows(plan.skipped).items()
+    reasons = "".join(_reason(reason, rows) for reason, rows in skip_rows(plan.skipped).items())
+    took = (
+        f"{counted(sums.skipped, 'parameter')} {'takes' if sums.skipped == 1 else 'take'} the plain gradient"
     )
     frozen = f"; frozen: {tensors_text(sums.frozen_tensors)}" if sums.frozen_tensors else ""
-    text = f"{sums.skipped:,} parameters take the plain gradient{frozen}. Tensors by reason:"
+    text = f"{took}{frozen}. Tensors by reason:"
     figure = tensors_text(sums.skipped_tensors)
-    return _card("Skipped", figure, f'<p>{escape(text)}</p><ul class="chips">{chips}</ul>')
+    return _card("Skipped", figure, f'<p>{escape(text)}</p><ul class="reasons">{reasons}</ul>')
+
+
+def _reason(reason: Reason, rows: Sequence[SkipRow]) -> str:
+    """Code and number of tensors, and why in words: the first detail, and how many others there are."""
+    details = list(dict.fromkeys(row.detail for row in rows))
+    others = f"; {counted(len(details) - 1, 'other detail')}" if len(details) > 1 else ""
+    tensors = sum(len(row.members) for row in rows)
+    return (
+        f'<li><a href="#skipped" title="{escape(reason.advice)}"><b>{escape(reason.value)}</b> {tensors}</a> '
+        f"<span>{escape(details[0] + others)}</span></li>"
+    )
 
 
 def _work(sums: Totals) -> str:
@@ -154,15 +168,11 @@ def _work(sums: Totals) -> str:
         f"<td>{flops_text(flops[phase])}</td><td>{often[phase]}</td><td>{share_text(share)}</td></tr>"
         for phase, share in shares.items()
     )
-    body = f'<div class="share parts">{bar}</div><table class="work">{lines}</table>'
+    note = f"The model itself: {flops_text(sums.model_flops)} FLOPs. FLOPs are counted; no time was measured."
+    body = (
+        f'<div class="share parts">{bar}</div><table class="work">{lines}</table><p class="hint">{note}</p>'
+    )
     return _card("Extra work per step, estimated", share_text(total), body)
-
-
-def _line(sums: Totals) -> str:
-    """What the command prints about the cost."""
-    lines = escape(plain_text(cost_lines(sums)))
-    note = '<p class="line">FLOPs are counted; no time was measured.</p>'
-    return f'<pre class="line"><code>{lines}</code></pre>{note}'
 
 
 def _every(steps: int) -> str:

@@ -1,6 +1,7 @@
 """What the page's script reads: rows, layers, drawings and programs as one JSON value.
 
-Enters: a plan and its programs. Leaves: dicts, lists, strings and numbers. Costs are those of the report.
+Enters: a plan and its statistics step. Leaves: dicts, lists, strings and numbers. Costs are those of the
+report.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from kfac_fx.contracts import Plan
 from kfac_fx.export.page_boxes import LANES, Neighbourhood
 from kfac_fx.export.page_code import Span, hunks, merged, node_lines
 from kfac_fx.export.page_graph import Surveyor
-from kfac_fx.export.passes import PassProgram, programs_by_pass
 from kfac_fx.export.strip import per_step
-from kfac_fx.instrument import instrument
+from kfac_fx.export.subject import PassProgram, StatisticsStep
 from kfac_fx.report.document import document
 from kfac_fx.report.rows import forward_order, layer_labels, layer_rows, totals
 from kfac_fx.report.skips import skip_rows
@@ -27,14 +27,11 @@ from kfac_fx.types import LayerMatch
 _KINDS = ("key", "ops", "near")
 
 
-def page_data(plan: Plan) -> dict[str, Any]:
+def page_data(plan: Plan, step: StatisticsStep) -> dict[str, Any]:
     """Everything the script needs."""
-    program = instrument(plan, "statistics")
-    programs = programs_by_pass(plan)
-    lines = programs[-1].text.splitlines()
+    lines = step.texts[-1].text.splitlines()
     content, matches = document(plan), forward_order(plan)
-    sums, labels = totals(plan), layer_labels(plan)
-    surveyor, where = Surveyor(plan, program), node_lines(lines)
+    surveyor, where = Surveyor(plan, step.program), node_lines(lines)
     labels, sums, grouped = layer_labels(plan), totals(plan), layer_rows(plan, matches, collapse=True)
     alone = {row.first.key: row for row in layer_rows(plan, matches, collapse=False)}
     for layer, match in zip(content["layers"], matches, strict=True):
@@ -48,7 +45,7 @@ def page_data(plan: Plan) -> dict[str, Any]:
         "skips": _skips(plan),
         "lanes": LANES,
         "graphs": [_graph(surveyor.around(match), where, lines) for match in matches],
-        "programs": _programs(programs),
+        "programs": _programs(step.texts),
     }
 
 

@@ -7,7 +7,7 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import final
 
 from torch.fx import Node
@@ -25,6 +25,7 @@ from kfac_fx.export.page_boxes import (
     is_inserted,
     label_of,
 )
+from kfac_fx.export.page_walk import ancestors, connected, descendants
 from kfac_fx.instrument import Program
 from kfac_fx.types import LayerMatch
 
@@ -105,7 +106,7 @@ class Surveyor:
         ends += [self._plan.capture.gradients[name] for name in names if name in self._plan.capture.gradients]
         for end in filter(None, map(self._copy, ends)):
             found |= {end} if end not in stops else set()
-            found |= _ancestors(end, lambda n: n.name in self._backward and n not in stops, limit=_NEAR)
+            found |= ancestors(end, lambda n: n.name in self._backward and n not in stops, limit=_NEAR)
         return {node: self._lane(node) for node in found}
 
     def _product(self, weight: Node, a: Node | None) -> set[Node]:
@@ -115,13 +116,13 @@ class Surveyor:
             return node.name not in self._backward and not is_inserted(node) and node.op != "output"
 
         readers = [user for user in weight.users if ahead(user)]
-        of_weight = _descendants(weight, ahead, limit=_NEAR)
-        of_a = _descendants(a, ahead, limit=_NEAR) if a is not None else set()
+        of_weight = descendants(weight, ahead, limit=_NEAR)
+        of_a = descendants(a, ahead, limit=_NEAR) if a is not None else set()
         meeting = sorted(of_weight & of_a, key=self._order.__getitem__)
         if not meeting:
             return set(readers[:1])
         product = meeting[0]
-        return {product} | _ancestors(product, lambda n: n in of_weight or n in of_a, limit=_NEAR)
+        return {product} | ancestors(product, lambda n: n in of_weight or n in of_a, limit=_NEAR)
 
     def _statistics(self, match: LayerMatch) -> list[Node]:
         """Inserted nodes that make the layer's new state, the shared A of another layer included."""
@@ -133,7 +134,7 @@ class Surveyor:
         ]
         found = {end for end in ends if is_inserted(end)}
         for end in ends:
-            found |= _ancestors(end, lambda n: _is_fold(n) or _is_factor(n))
+            found |= ancestors(end, lambda n: _is_fold(n) or _is_factor(n))
         return sorted(found, key=self._order.__getitem__)
 
     def _state_keys(
@@ -149,7 +150,7 @@ class Surveyor:
         for (owner, name), node in self._new_state.items():
             if node in statistics and owner in (match.key, match.shared_a):
                 keys[node] = (f"new {name}", STATISTICS)
-                for batch in _ancestors(node, lambda n: _is_fold(n) or _is_factor(n)):
+                for batch in ancestors(node, lambda n: _is_fold(n) or _is_factor(n)):
                     if _is_factor(batch) and any(_is_fold(user) for user in batch.users):
                         keys.setdefault(batch, (f"{name} of this batch", STATISTICS))
         for node in statistics:
@@ -172,7 +173,7 @@ class Surveyor:
 
     def _reads_state(self, node: Node, inside: Collection[Node]) -> bool:
         """Whether the node's value depends on stored or new factors, by way of nodes inside."""
-        behind = {node, *_ancestors(node, lambda n: n in inside)}
+        behind = {node, *ancestors(node, lambda n: n in inside)}
         factors = self._states.union(self._new_state.values())
         return any(read in factors for other in behind for read in other.all_input_nodes)
 
@@ -182,7 +183,7 @@ class Surveyor:
         found: dict[str, list[Node]] = {key: [] for key in names}
         for name, nodes in self._labelled("preconditioned gradient of ").items():
             layers = [key for key, known in names.items() if known == name]
-            parts = _connected(nodes)
+            parts = connected(nodes)
             for place, key in enumerate(layers):
                 own = parts[place : place + 1] if len(parts) == len(layers) else parts
                 found[key] = [node for part in own for node in part]
@@ -203,23 +204,6 @@ def _returned(output: Node) -> list[Node]:
     return [node for node in output.args[0] if isinstance(node, Node)]
 
 
-def _connected(nodes: Sequence[Node]) -> list[list[Node]]:
-    """The nodes in groups that no edge joins, each group in order."""
-    group: dict[Node, list[Node]] = {}
-    for node in nodes:
-        joined = [node]
-        for read in node.all_input_nodes:
-            if read in group and group[read] is not joined:
-                smaller, joined = sorted((group[read], joined), key=len)
-                joined.extend(smaller)
-                group |= dict.fromkeys(smaller, joined)
-        group[node] = joined
-    unique = {id(members): members for members in group.values()}
-    place = {node: index for index, node in enumerate(nodes)}
-    ordered = [sorted(members, key=place.__getitem__) for members in unique.values()]
-    return sorted(ordered, key=lambda members: place[members[0]])
-
-
 def _g_title(place: int) -> str:
     return "g, output gradient" if place == 0 else f"g of Fisher pass {place}"
 
@@ -234,26 +218,3 @@ def _is_factor(node: Node) -> bool:
 
 def _is_share(node: Node) -> bool:
     return label_of(node).startswith("inserted, share of this batch")
-
-
-def _ancestors(node: Node, inside: Callable[[Node], bool], *, limit: int | None = None) -> set[Node]:
-    """What the node depends on through nodes inside, nearest first, at most `limit` of them."""
-    return _reached(node, lambda n: n.all_input_nodes, inside, limit)
-
-
-def _descendants(node: Node, inside: Callable[[Node], bool], *, limit: int | None = None) -> set[Node]:
-    """What depends on the node through nodes inside, nearest first, at most `limit` of them."""
-    return _reached(node, lambda n: list(n.users), inside, limit)
-
-
-def _reached(
-    node: Node, step: Callable[[Node], list[Node]], inside: Callable[[Node], bool], limit: int | None
-) -> set[Node]:
-    found: dict[Node, None] = {}
-    queue = [node]
-    while queue and (limit is None or len(found) < limit):
-        for other in step(queue.pop(0)):
-            if other not in found and inside(other):
-                found[other] = None
-                queue.append(other)
-    return set(found)

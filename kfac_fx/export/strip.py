@@ -7,7 +7,10 @@ scale. Each layer is a link to its place in `index.html`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
+from typing import final
 from urllib.parse import quote
 
 from kfac_fx.contracts import Plan
@@ -15,15 +18,19 @@ from kfac_fx.report.numbers import bytes_text, flops_text
 from kfac_fx.report.rows import Cost, LayerRow, Totals, forward_order, layer_rows, totals
 from kfac_fx.report.skips import SkipRow, skip_rows
 from kfac_fx.types import FactorSpec
+from kfac_fx.wording import counted
 
 WIDTH = 1330
+LEAST_WIDTH = 1016
 _SIDE = 38.0
 _ROW = 21
 _TOP = 84
 _LABEL, _A, _G, _SIZES, _STATE, _WORK, _SOURCE = 12, 322, 374, 412, 616, 744, 878
 _BAR = 62
 _NUMBER = 112
-_SCALE = "The area of a square is proportional to d. Memory grows with d^2, the cost of inversion with d^3."
+_GAP = 24
+_MONO, _PROPORTIONAL = 6.7, 6.2  # pixels of a character, on average
+_SCALE = "The area of a square is proportional to d. Memory grows with d^2, the cost of a refresh with d^3."
 _STYLE = """
 .strip{--ink:#1c2430;--dim:#5b6675;--rule:#e3e7ec;--A:#0d7d78;--G:#b7791f;--bar:#8a97a8;--hover:#eef3f8;--sheet:#fff;
 font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -38,33 +45,84 @@ font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 """
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Frame:
+    """What all rows share.
+
+    width: of the drawing. shift: pixels by which the columns beside the labels stand further left, since the
+    labels are short. page: the file of the links. largest: dimension. most: state and work of a row.
+    """
+
+    width: int
+    shift: int
+    page: str
+    largest: int
+    most: tuple[float, float]
+
+    def beside(self, cells: str) -> str:
+        """The cells, moved."""
+        return f'<g transform="translate({-self.shift} 0)">{cells}</g>'
+
+    def open_text(self, x: float, y: float, text: str, css: str) -> str:
+        """A text without a neighbour at its right: cut to the drawing's width, whole in `data-full`."""
+        room = int((self.width + self.shift - x - 8) / (_MONO if "mono" in css else _PROPORTIONAL))
+        full = f' data-full="{escape(text)}"' if text else ""
+        shown = escape(_cut(text, room))
+        return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}"{full} xml:space="preserve">{shown}</text>'
+
+
 def strip(plan: Plan, *, page: str = "") -> str:
-    """The drawing. page: the file that its links open; empty for the page that it is part of."""
+    """The drawing.
+
+    page: the file that its links open; empty for the page that it is part of, whose width the drawing takes
+    and whose script gives texts at the right all the room there is.
+    """
     rows, sums = layer_rows(plan, forward_order(plan), collapse=True), totals(plan)
-    largest = max((f.dim for row in rows for f in row.factors[0]), default=1)
-    most = (
-        max((row.total.state_bytes for row in rows), default=0) or 1,
-        max((per_step(row.total, sums) for row in rows), default=0.0) or 1.0,
-    )
-    parts, y = [_header(largest)], _TOP
+    skips = [row for found in skip_rows(plan.skipped).values() for row in found]
+    frame = _frame(rows, skips, sums, page)
+    parts, y = [_header(frame)], _TOP
     for row in rows:
-        height = max([_ROW, *(math.ceil(side_of(f.dim, largest)) + 6 for f in row.factors[0])])
-        parts.append(_row(row, y, height, largest, most, sums, page))
+        height = max([_ROW, *(math.ceil(side_of(f.dim, frame.largest)) + 6 for f in row.factors[0])])
+        parts.append(_row(row, y, height, frame, sums))
         y += height
-    skips = [(reason.value, row) for reason, found in skip_rows(plan.skipped).items() for row in found]
     if skips:
         parts.append(_text(_LABEL, y + 30, "Skipped: plain gradient, no preconditioner", "head"))
         y += 40
-    for reason, skip in skips:
-        parts.append(_skip(reason, skip, y))
+    for skip in skips:
+        parts.append(_skip(skip, y, frame))
         y += _ROW
-    sheet = f'<rect class="sheet" width="{WIDTH}" height="{y + 10}"/>' if page else ""
+    width = frame.width
+    sheet = f'<rect class="sheet" width="100%" height="{y + 10}"/>' if page else ""
+    scaled = f'viewBox="0 0 {width} {y + 10}"' if page else ""
     title = f"{plan.capture.model_name}, method {plan.method.name}: layers and their factors"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="strip" width="{WIDTH}" height="{y + 10}" '
-        f'viewBox="0 0 {WIDTH} {y + 10}" role="group" aria-label="{escape(title)}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="strip" width="{width}" height="{y + 10}" '
+        f'{scaled} role="group" aria-label="{escape(title)}">'
         f"<style>{_STYLE}</style>{sheet}{''.join(parts)}</svg>"
     )
+
+
+def _frame(rows: Sequence[LayerRow], skips: Sequence[SkipRow], sums: Totals, page: str) -> _Frame:
+    longest = max(map(len, [*map(_label, rows), *map(_skip_label, skips)]), default=0)
+    return _Frame(
+        width=WIDTH if page else LEAST_WIDTH,
+        shift=max(0, int(_A - 20 - _LABEL - _PROPORTIONAL * longest - _GAP)),
+        page=page,
+        largest=max((f.dim for row in rows for f in row.factors[0]), default=1),
+        most=(
+            max((row.total.state_bytes for row in rows), default=0) or 1,
+            max((per_step(row.total, sums) for row in rows), default=0.0) or 1.0,
+        ),
+    )
+
+
+def _label(row: LayerRow) -> str:
+    return shortened(row.label, 42) + (f"  x{row.count}" if row.count > 1 else "")
+
+
+def _skip_label(skip: SkipRow) -> str:
+    return shortened(skip.label, 42) + (f"  x{len(skip.members)}" if len(skip.members) > 1 else "")
 
 
 def per_step(cost: Cost, sums: Totals) -> float:
@@ -103,10 +161,9 @@ def _cut(text: str, room: int) -> str:
     return text if len(text) <= room else f"{text[: room - 2]}.."
 
 
-def _header(largest: int) -> str:
+def _header(frame: _Frame) -> str:
     """Names of the columns and the scale."""
     names = (
-        (_LABEL, "layer", ""),
         (_A, "A", "middle"),
         (_G, "G or F", "middle"),
         (_SIZES, "sizes", ""),
@@ -114,15 +171,16 @@ def _header(largest: int) -> str:
         (_WORK + _NUMBER, "FLOPs per step", "end"),
         (_SOURCE, "source", ""),
     )
-    texts = [_text(x, _TOP - 10, name, "dim", place=place) for x, name, place in names]
+    beside = (_text(x, _TOP - 10, name, "dim", place=place) for x, name, place in names)
+    texts = [_text(_LABEL, _TOP - 10, "layer", "dim"), frame.beside("".join(beside))]
     shown, x = [_text(_LABEL, 34, "Scale, dimension d:", "dim")], 150.0
-    for dim in _scale(largest):
-        side = side_of(dim, largest)
+    for dim in _scale(frame.largest):
+        side = side_of(dim, frame.largest)
         shown.append(_rect("bar", x + side / 2, 48 - side / 2, side, side, 1.0))
         shown.append(_text(x + side + 5, 34, str(dim), "num"))
         x += side + 22 + 8 * len(str(dim))
     shown.append(_text(max(x + 10, _A), 34, _SCALE, "dim"))
-    rule = f'<line class="rule" x1="0" x2="{WIDTH}" y1="{_TOP - 2}" y2="{_TOP - 2}"/>'
+    rule = f'<line class="rule" x1="0" x2="100%" y1="{_TOP - 2}" y2="{_TOP - 2}"/>'
     return "".join([*shown, *texts, rule])
 
 
@@ -132,37 +190,28 @@ def _scale(largest: int) -> list[int]:
     return sorted({max(top // 16, 1), max(top // 4, 1), top})
 
 
-def _row(
-    row: LayerRow,
-    y: int,
-    height: int,
-    largest: int,
-    most: tuple[float, float],
-    sums: Totals,
-    page: str,
-) -> str:
+def _row(row: LayerRow, y: int, height: int, frame: _Frame, sums: Totals) -> str:
     match, middle = row.first, y + height / 2
-    label = shortened(row.label, 42) + (f"  x{row.count}" if row.count > 1 else "")
     factors = [factor for factor in row.factors[0] if factor.side in "AGF"]
-    shapes = [_factor(factor, middle, largest) for factor in factors]
+    shapes = [_factor(factor, middle, frame.largest) for factor in factors]
     sizes = ", ".join(f"{f.side} {'shared' if f.shared_with else size_words(f)}" for f in factors)
     state, work = row.total.state_bytes, per_step(row.total, sums)
     source = f"{match.source}  {match.source.code}" if match.source else ""
     cells = [
-        _text(_LABEL, middle + 4, label, ""),
         *shapes,
         _text(_SIZES, middle + 4, _cut(sizes, 34), "num dim"),
-        _bar(_STATE, middle, state / most[0]),
+        _bar(_STATE, middle, state / frame.most[0]),
         _text(_STATE + _NUMBER, middle + 4, bytes_text(state), "num", place="end"),
-        _bar(_WORK, middle, work / most[1]),
+        _bar(_WORK, middle, work / frame.most[1]),
         _text(_WORK + _NUMBER, middle + 4, flops_text(round(work)), "num", place="end"),
-        _text(_SOURCE, middle + 4, _cut(source, 66), "mono dim"),
+        frame.open_text(_SOURCE, middle + 4, source, "mono dim"),
     ]
     name = f"{row.label}: {match.kind}, {sizes or 'no factor'}"
     return (
-        f'<a href="{escape(page + key_link(match.key))}" data-key="{escape(match.key)}" '
+        f'<a href="{escape(frame.page + key_link(match.key))}" data-key="{escape(match.key)}" '
         f'aria-label="{escape(name)}"><title>{escape(_exact(row, sums))}</title>'
-        f'<rect class="hit" x="1" y="{y}" width="{WIDTH - 2}" height="{height}" rx="3"/>{"".join(cells)}</a>'
+        f'<rect class="hit" y="{y}" width="100%" height="{height}" rx="3"/>'
+        f"{_text(_LABEL, middle + 4, _label(row), '')}{frame.beside(''.join(cells))}</a>"
     )
 
 
@@ -191,18 +240,13 @@ def _bar(x: float, middle: float, share: float) -> str:
     return f'<rect class="bar" x="{x}" y="{middle - 4:.1f}" width="{max(share * _BAR, 0.5):.1f}" height="8"/>'
 
 
-def _skip(reason: str, skip: SkipRow, y: float) -> str:
-    count = f"  x{len(skip.members)}" if len(skip.members) > 1 else ""
-    numel = sum(member.numel for member in skip.members)
-    title = f"{skip.label}: {reason}, {skip.detail}; {numel:,} elements. {skip.reason.advice}"
-    return (
-        f"<g><title>{escape(title)}</title>"
-        + _text(_LABEL, y + 15, shortened(skip.label, 42) + count, "dim")
-        + _text(_A - 20, y + 15, reason, "dim")
-        + _text(_SIZES, y + 15, shortened(skip.detail, 62), "dim")
-        + _text(_SOURCE, y + 15, _cut(skip.sources, 66), "mono dim")
-        + "</g>"
-    )
+def _skip(skip: SkipRow, y: float, frame: _Frame) -> str:
+    numel, reason = sum(member.numel for member in skip.members), skip.reason.value
+    title = f"{skip.label}: {reason}, {skip.detail}; {counted(numel, 'element')}. {skip.reason.advice}"
+    why = "   ".join(filter(None, (skip.detail, skip.sources)))
+    cells = _text(_A - 20, y + 15, reason, "dim") + frame.open_text(_SIZES, y + 15, why, "dim")
+    label = _text(_LABEL, y + 15, _skip_label(skip), "dim")
+    return f"<g><title>{escape(title)}</title>{label}{frame.beside(cells)}</g>"
 
 
 def _exact(row: LayerRow, sums: Totals) -> str:

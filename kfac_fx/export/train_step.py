@@ -1,14 +1,13 @@
 """`train_step.py`: the transformed training step as one file that imports torch and nothing of this library.
 
 Enters: a plan and the model with its example batch. Leaves: the file, and `train_step.pt` with parameters,
-buffers and constants. The file holds the driver (`runtime`), the method's own source (`bundle`), a section
-per layer (`layer_sections`) and the programs (`program_text`).
+buffers and constants. The file holds the driver (`runtime`), the method's own source (`bundle`), settings
+(`settings_text`), a section per layer (`layer_sections`) and the programs (`program_text`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
+import builtins
 import io
 import re
 import textwrap
@@ -20,16 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.contracts import DampedMethod, Plan
-from kfac_fx.errors import ExportError
+from kfac_fx.errors import ExportError, ExportWarning
 from kfac_fx.export import runtime
 from kfac_fx.export.bundle import Bundle, bundle
 from kfac_fx.export.example_batch import batch_text
-from kfac_fx.export.layer_sections import class_names, quoted, sections, tuple_text
+from kfac_fx.export.layer_sections import class_names, sections
 from kfac_fx.export.program_text import ProgramText, program_text
+from kfac_fx.export.settings_text import settings
 from kfac_fx.export.sources import External, source_module
+from kfac_fx.export.subject import Subject
 from kfac_fx.instrument import instrument
-from kfac_fx.lower import mutated_placeholders
 from kfac_fx.methods import METHODS
+from kfac_fx.report.comments import in_docstring
 from kfac_fx.report.program import WIDTH
 from kfac_fx.target import Target
 
@@ -57,15 +58,16 @@ _PROVIDED = (
 )
 _BAR = "# " + "=" * 106
 _MARK = re.compile(r"@line of (\w+)@")
+_ASSIGNED = re.compile(r"    (\w+) = ")
 
 
-def train_step(plan: Plan, target: Target) -> Mapping[str, str | bytes]:
+def train_step(subject: Subject) -> Mapping[str, str | bytes]:
     """`train_step.py` and `train_step.pt`; where that cannot be, a file that says why when it is run."""
     try:
-        return export_train_step(plan, target)
+        return export_train_step(subject.plan, subject.target)
     except ExportError as error:
         message = f"{FILE} was not written: {error}"
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(ExportWarning(message, file=FILE), stacklevel=2)
         return {FILE: f'"""Not written."""\n\nraise SystemExit({message!r})\n'}
 
 
@@ -86,20 +88,24 @@ def export_train_step(plan: Plan, target: Target) -> dict[str, str | bytes]:
     copied = bundle(
         [(runtime.__name__, name) for name in roots], type(plan.method), _MEMBERS, reserved=_PROVIDED
     )
-    classes = class_names(plan, set(_PROVIDED) | set(copied.names.values()))
+    names = frozenset(name for text in texts.values() for name in text.names)
+    imports = copied.imports | _literals(names)
+    taken = {*_PROVIDED, *copied.names.values(), *(item.alias for item in imports), *dir(builtins)}
+    collecting = texts["loss_gradients_and_statistics"]
     parts = {
         "The training step": [copied.text[runtime.__name__]],
         f"The method: {plan.method.name}": list(_method_text(plan, copied)),
-        "Settings": [*_settings(plan, target, copied), batch_text(plan, target.inputs, target.targets)],
-        "Layers": list(sections(plan, classes)),
+        "Settings": [*settings(plan, target, copied), batch_text(plan, target.inputs, target.targets)],
+        "Layers": list(sections(plan, class_names(plan, taken), collecting.statistics)),
         "Programs": [text.text for text in texts.values()],
     }
-    names = frozenset(name for text in texts.values() for name in text.names)
-    blocks = [*_head(plan, target, list(parts)), *_imports(copied.imports | _literals(names))]
+    blocks = [*_head(plan, target, list(parts)), *_imports(imports)]
     body = [block for title, part in parts.items() for block in (_title(title), *part)]
     end = 'if __name__ == "__main__":\n    main()'
     text = "\n\n\n".join(["\n".join(blocks), *body, end]) + "\n"
-    return {FILE: _with_line_numbers(text), TENSORS: _tensors(target.model, constants)}
+    text = _with_line_numbers(text, collecting.text)
+    _check_python(text)
+    return {FILE: text, TENSORS: _tensors(target.model, constants)}
 
 
 def _check_method(plan: Plan) -> None:
@@ -118,9 +124,11 @@ def _check_method(plan: Plan) -> None:
 
 def _head(plan: Plan, target: Target, titles: Sequence[str]) -> Iterator[str]:
     method: Any = plan.method
-    yield f'"""One training step of {plan.capture.model_name} with {method.name}; needs torch alone.'
+    model = in_docstring(plan.capture.model_name)
+    yield f'"""One training step of {model} with {method.name}; needs torch alone.'
     yield ""
-    yield f"Written by kfac_fx for {target.label}, with fisher={plan.fisher} and sharing={plan.sharing}."
+    label = in_docstring(target.label)
+    yield f"Written by kfac_fx for {label}, with fisher={plan.fisher} and sharing={plan.sharing}."
     yield f"Method: {method.paper}."
     yield f"`python {FILE}` does a few steps on random data. In a program:"
     yield ""
@@ -175,68 +183,27 @@ def _method_text(plan: Plan, copied: Bundle) -> Iterator[str]:
         yield textwrap.indent(heading, "# ") + f"\n\n\n{text}"
 
 
-def _settings(plan: Plan, target: Target, copied: Bundle) -> Iterator[str]:
-    method: Any = plan.method
-    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name in copied.members}
-    written = "".join(f"\n    {name}={_literal(value)}," for name, value in values.items())
-    frozen = tuple(p.name for p in plan.capture.parameters if not p.trainable)
-    names = [*(p.name for p in plan.capture.parameters), *plan.capture.buffers]
-    changed = tuple(names[i] for i in mutated_placeholders(plan.capture.graph))
-    parameter = next(iter(target.model.parameters()))
-    name = copied.names[type(method).__module__, type(method).__qualname__]
-    yield "\n".join(
-        [
-            f"METHOD = {name}({written}\n)",
-            f"DEVICE = torch.device({quoted(str(parameter.device))})",
-            f"FROZEN = {_tuple(frozen)}  # parameters that are not trained",
-            f"CHANGED_BUFFERS = {_tuple(changed)}  # by the model's forward",
-        ]
-    )
-    yield _optimizer(method)
+def _with_line_numbers(text: str, program: str) -> str:
+    """Replace each mark by the line of this program that gives the variable its value.
+
+    A mark of no variable of the program stays: it is text of the user's.
+    """
+    first = text[: text.index(program)].count("\n") + 1
+    number: dict[str, int] = {}
+    for position, line in enumerate(program.split("\n"), start=first):
+        if (found := _ASSIGNED.match(line)) is not None:
+            number.setdefault(found[1], position)
+    return _MARK.sub(lambda mark: f"{number[mark[1]]}, {mark[1]}" if mark[1] in number else mark[0], text)
 
 
-def _tuple(names: Sequence[str]) -> str:
-    """One name per line if there are several."""
-    if len(names) < 2:
-        return tuple_text(names)
-    return "(\n" + "".join(f"    {quoted(name)},\n" for name in names) + ")"
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, str):
-        return quoted(value)
-    return re.sub(r"\b(inf|nan)\b", r'float("\1")', repr(value))
-
-
-def _optimizer(method: Any) -> str:
-    """The published base optimizer, with the arguments that are not torch's own defaults."""
-    made = method.base_optimizer([nn.Parameter(torch.zeros(1))])
-    defaults = inspect.signature(type(made)).parameters
-    stated = {
-        name: value
-        for name, value in made.defaults.items()
-        if name in defaults and (name == "lr" or defaults[name].default != value)
-    }
-    arguments = "".join(f", {name}={_literal(value)}" for name, value in stated.items())
-    assert type(made).__module__.startswith("torch.optim"), "a base optimizer that is not torch's own"
-    return "\n".join(
-        [
-            "def make_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:",
-            f'    """The base optimizer of {method.name}, which takes the preconditioned gradients."""',
-            f"    return torch.optim.{type(made).__name__}(parameters{arguments})",
-        ]
-    )
-
-
-def _with_line_numbers(text: str) -> str:
-    """Replace each mark by the line that gives the variable its value, in the program with statistics."""
-    lines = text.split("\n")
-    number = {}
-    for position, line in enumerate(lines, start=1):
-        found = re.match(r"    (\w+) = aten\.|    (\w+) = \w+\[", line)
-        if found is not None:
-            number.setdefault(found[1] or found[2], position)
-    return _MARK.sub(lambda mark: f"{number[mark[1]]}, {mark[1]}", text)
+def _check_python(text: str) -> None:
+    try:
+        compile(text, FILE, "exec")
+    except (SyntaxError, ValueError) as error:
+        raise ExportError(
+            f"what would be written is not valid Python: {error}. This is an error of kfac_fx; please report "
+            "it with the model."
+        ) from error
 
 
 def _tensors(model: nn.Module, constants: Mapping[str, Tensor]) -> bytes:

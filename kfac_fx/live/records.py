@@ -82,7 +82,7 @@ class StepReport:
     render: Callable[[StepReport], str] = field(repr=False, compare=False)
 
     def __str__(self) -> str:
-        """One screen of text, the worst-conditioned layers first."""
+        """One screen of text, layers in the order of the forward."""
         return self.render(self)
 
     def scalars(self) -> dict[str, float]:

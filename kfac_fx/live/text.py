@@ -1,13 +1,18 @@
-"""A `StepReport` as one screen of text: alike layers in one line, the worst-conditioned first."""
+"""A `StepReport` as one screen of text: layers in the order of the forward, those alike in one line.
+
+Of more than fit, the worst-conditioned ones.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 
 from kfac_fx.live.health import FactorHealth, LayerHealth
 from kfac_fx.live.records import StepReport
-from kfac_fx.report.text import bytes_text
+from kfac_fx.report.numbers import bytes_text
+from kfac_fx.wording import counted
 
 LINES = 20
 GAP = "  "
@@ -15,7 +20,8 @@ LEFT = ("layer", "factor")
 FIGURES = ("largest", "damping", "condition", "damped", "eff. rank", "residual")
 COLUMNS = ("layer", "x", "factor", *FIGURES, "stats", "inv", "age")
 NOTES = (
-    "Of alike layers and groups the worst. damping: added to the eigenvalues; damped: condition with it.",
+    "Of alike layers and groups the worst. largest: eigenvalue; damping: added to each eigenvalue.",
+    "condition: largest over smallest eigenvalue; damped: the same with damping.",
     "eff. rank: exp of the eigenvalues' entropy. residual: |inverse (factor + damping) - I| / sqrt(d) of the",
     "last inverse with the present factor. stats, inv: updates, refreshes; age: steps since the last.",
 )
@@ -67,24 +73,32 @@ def _table_lines(report: StepReport) -> list[str]:
     groups: dict[str, list[LayerHealth]] = {}
     for layer in report.layers:
         groups.setdefault(layer.group, []).append(layer)
-    ordered = sorted(groups.values(), key=lambda group: -max(layer.severity for layer in group))
-    if not ordered:
+    if not groups:
         return []
+    shown = _fitting(groups)
     header: list[str] = list(COLUMNS)
-    lines, shown = [header], 0
-    for group in ordered:
-        cells = _cells(group)
-        if shown and len(lines) + len(cells) > LINES + 1:
-            break
-        lines, shown = lines + cells, shown + 1
+    lines = [header, *(cells for name in groups if name in shown for cells in shown[name])]
     widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
     table = ["", *(_aligned(line, widths) for line in lines)]
-    if shown < len(ordered):
-        table.append(f"and {len(ordered) - shown:,} more lines of layers, better conditioned: report.layers")
+    if len(shown) < len(groups):
+        more = len(groups) - len(shown)
+        table.append(f"and {counted(more, 'more line')} of layers, better conditioned: report.layers")
     if report.left_out:
         count = len(report.left_out)
         table.append(f"no eigenvalues of {count:,} layers with factors beyond max_dim={report.max_dim}")
     return [*table, *NOTES]
+
+
+def _fitting(groups: Mapping[str, list[LayerHealth]]) -> dict[str, list[list[str]]]:
+    """Cells of the groups that fit a screen by their names: the worst-conditioned, at least one."""
+    found: dict[str, list[list[str]]] = {}
+    room = LINES
+    for name in sorted(groups, key=lambda name: -max(layer.severity for layer in groups[name])):
+        cells = _cells(groups[name])
+        if found and len(cells) > room:
+            break
+        found[name], room = cells, room - len(cells)
+    return found
 
 
 def _cells(group: list[LayerHealth]) -> list[list[str]]:

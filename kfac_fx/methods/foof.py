@@ -39,7 +39,7 @@ class FOOF(KroneckerFactored):
     def refuses(self, match: LayerMatch) -> str | None:
         """What is no product with an input: scales and shifts, and weights that are also used transposed."""
         if match.structure == "block":
-            return "foof knows inputs alone; a scale or shift has no product with a vector of inputs"
+            return "foof knows inputs alone; scales, shifts and added parameters have no product with them"
         if match.tied:
             return "foof knows one input; a weight that is also used transposed has two"
         return None

@@ -90,10 +90,10 @@ class NKFAC(KroneckerFactored):
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3)
 
     def refuses(self, match: LayerMatch) -> str | None:
-        """Scales and shifts of norms, which have no Kronecker factors."""
+        """Scales and shifts, of norms or added like position embeddings: they have no Kronecker factors."""
         if match.structure != "block":
             return None
-        return f"{self.name}, as published, leaves scales and shifts to the base optimizer"
+        return f"{self.name}, as published, leaves scales, shifts and added parameters to the base optimizer"
 
     def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:
         """Zero averages and identity inverses. A tied weight keeps one pair for both orientations.

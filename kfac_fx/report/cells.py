@@ -15,7 +15,7 @@ from kfac_fx.report.rows import LayerRow, gram_form, layer_rows
 from kfac_fx.types import FactorSpec, LayerMatch
 
 COLUMNS: tuple[str, ...] = (
-    "layer", "kind", "x", "uses", "A", "G", "form", "rows", "state", "stats", "invert", "apply", "source",
+    "layer", "kind", "x", "uses", "A", "G", "form", "rows", "state", "stats", "refresh", "apply", "source",
 )  # fmt: skip
 LEFT_ALIGNED = frozenset({"layer", "kind", "form", "source"})
 SOURCE_WIDTH = 48
@@ -23,7 +23,7 @@ TOTAL = "total"
 
 _SHORTEST_SOURCE = 16
 _SHORTEST_LAYER = 24
-_CUT_FIRST = ("apply", "invert")
+_CUT_FIRST = ("apply", "refresh")
 _CUT_LAST = ("form", "stats", "uses", "rows", "kind", "state", "x")
 
 
@@ -52,7 +52,7 @@ def layer_cells(plan: Plan, layers: Sequence[LayerMatch], *, collapse: bool) -> 
 
 
 def fitting_columns(cells: Sequence[Sequence[str]], *, width: int | None) -> dict[str, int]:
-    """Columns to show, with widths: the source is shortened, then left out, then apply, then invert."""
+    """Columns to show, with widths: the source is shortened, then left out, then apply, then refresh."""
     return fitted(
         natural_widths(COLUMNS, cells),
         width,
@@ -61,6 +61,12 @@ def fitting_columns(cells: Sequence[Sequence[str]], *, width: int | None) -> dic
         least={"layer": _SHORTEST_LAYER},
         drop_late=_CUT_LAST,
     )
+
+
+def hidden_columns(cells: Sequence[Sequence[str]], *, width: int | None) -> list[str]:
+    """Columns that say something and that do not fit."""
+    fits = fitting_columns(cells, width=width)
+    return [name for name in natural_widths(COLUMNS, cells) if name not in fits]
 
 
 def table_lines(cells: Sequence[Sequence[str]], *, width: int | None) -> list[Line]:

@@ -18,7 +18,7 @@ from kfac_fx.report.numbers import bytes_text, flops_text
 _LABELS = {
     "bytes": "state",
     "flops_statistics": "stats",
-    "flops_refresh": "invert",
+    "flops_refresh": "refresh",
     "flops_apply": "apply",
     "flops_model": "model",
     "overhead": "per step",
@@ -26,6 +26,7 @@ _LABELS = {
 }
 _WIDEST_LABEL = 44
 _INDENT = 10
+_TOO_SMALL = "costs differ by less than is printed"
 _NAMES_NOTE = "~ changed   + only in the second   - only in the first   costs of all x layers together"
 
 Entry = Mapping[str, Any]
@@ -78,7 +79,7 @@ def _layer_lines(layers: Entry, width: int | None) -> list[Line]:
         costs = [text for name in COSTS if (text := _cost_change(name, members))]
         size = [sum(m["cost"][side]["bytes"] for m in members) for side in ("before", "after")]
         role = "" if size[0] == size[1] else "more" if size[1] > size[0] else "less"
-        rows.append((f"~ {label}", role, [*facts, *costs], str(len(members))))
+        rows.append((f"~ {label}", role, [*facts, *costs] or [_TOO_SMALL], str(len(members))))
     longest = min(max((len(row[0]) for row in rows), default=0), _WIDEST_LABEL)
     for label, role, facts, count in rows:
         title = f"{GAP}{label:<{longest}}{GAP}{'x' + count if count != '1' else '':<4}"
@@ -119,11 +120,11 @@ def _cost(name: str, members: Sequence[Entry]) -> str:
 
 
 def _cost_change(name: str, members: Sequence[Entry]) -> str:
+    """Nothing if both sides print the same."""
     before, after = (sum(m["cost"][side][name] for m in members) for side in ("before", "after"))
-    if before == after:
-        return ""
+    old, new = _number(name, before), _number(name, after)
     share = _share(before, after)
-    return f"{_LABELS[name]} {_number(name, before)} -> {_number(name, after)}{share and f' ({share})'}"
+    return "" if old == new else f"{_LABELS[name]} {old} -> {new}{share and f' ({share})'}"
 
 
 def _share(before: float, after: float) -> str:
@@ -163,7 +164,7 @@ def _total_lines(totals: Sequence[Entry]) -> list[Line]:
         role = "" if before == after or None in (before, after) else "more" if after > before else "less"
         if name in ("overhead", "coverage"):
             old, new = (_percent(name, value) for value in (before, after))
-            change = f"{(after - before) * 100:+.2f} points" if role else ""
+            change = f"{(after - before) * 100:+,.1f} points" if role else ""
         else:
             old, new = _number(name, before), _number(name, after)
             change = _share(before, after) if role else ""

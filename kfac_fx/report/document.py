@@ -28,6 +28,7 @@ from kfac_fx.report.rows import (
     forward_order,
     gram_form,
     layer_rows,
+    phases_off,
     totals,
 )
 from kfac_fx.types import FactorSpec, LayerMatch, Skip, Source, Use
@@ -38,7 +39,7 @@ SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
 def document(plan: Plan) -> dict[str, Any]:
     """Everything the report knows, exact numbers. `layers` are in forward order; `rows` collapse them."""
-    layers, owned = forward_order(plan), factors_by_layer(plan)
+    layers, owned, off = forward_order(plan), factors_by_layer(plan), phases_off(plan)
     content = {
         "schema": SCHEMA,
         "versions": {"torch": torch.__version__, "kfac_fx": version()},
@@ -50,7 +51,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "sharing": plan.sharing,
         "loss": dataclasses.asdict(plan.capture.loss_info),
         "totals": _totals(totals(plan), plan.coverage),
-        "layers": [_layer(match, owned[match.key]) for match in layers],
+        "layers": [_layer(match, owned[match.key], off) for match in layers],
         "rows": [_row(row) for row in layer_rows(plan, layers, collapse=True)],
         "skips": [_skip(skip) for skip in plan.skipped],
     }
@@ -120,7 +121,7 @@ def _cost(cost: Cost) -> dict[str, int]:
     }
 
 
-def _layer(match: LayerMatch, factors: Sequence[FactorSpec]) -> dict[str, Any]:
+def _layer(match: LayerMatch, factors: Sequence[FactorSpec], off: frozenset[str]) -> dict[str, Any]:
     return {
         "name": match.name,
         "key": match.key,
@@ -137,7 +138,7 @@ def _layer(match: LayerMatch, factors: Sequence[FactorSpec]) -> dict[str, Any]:
         "numel": match.numel,
         "uses": [_use(use) for use in match.uses],
         "source": _source(match.source),
-        "cost": _cost(cost_of(factors)),
+        "cost": _cost(cost_of(factors, off=off)),
         "factors": [_factor(factor, match) for factor in factors],
     }
 

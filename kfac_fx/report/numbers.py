@@ -5,6 +5,8 @@ Enters: numbers. Leaves: strings of few characters.
 
 from __future__ import annotations
 
+from kfac_fx.wording import counted
+
 _SUFFIXES = ("", "K", "M", "G", "T", "P")
 
 
@@ -25,7 +27,7 @@ def share_text(share: float) -> str:
 
 def tensors_text(number: int) -> str:
     """`1 tensor`, `2 tensors`."""
-    return f"{number:,} tensor" + ("" if number == 1 else "s")
+    return counted(number, "tensor")
 
 
 def _scaled(number: int, *, base: int) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from kfac_fx.graph import user_source
+from kfac_fx.report.comments import in_comment
 
 WIDTH = 110
 _ASSIGNMENT = re.compile(r'^(?P<indent> +)(?P<name>\w+)(: "[^"]*")? = ')
@@ -44,9 +45,9 @@ def readable(module: GraphModule, *, title: str, notes: Sequence[str] = ()) -> s
         lines[-1:] = _returned(outputs, module.meta.get("kfac_fx_outputs", ()))
     body = [piece for line in lines for piece in wrapped(line)]
     header = [
-        f"# {title}",
+        f"# {in_comment(title)}",
         f"# {len(module.graph.nodes) - len(unread)} nodes",
-        *(f"# {note}" for note in notes),
+        *(f"# {in_comment(note)}" for note in notes),
     ]
     return "\n".join([*header, *_imports(body), *body]) + "\n"
 
@@ -60,7 +61,7 @@ def _imports(lines: Sequence[str]) -> list[str]:
 def _returned(outputs: Sequence[object], names: Sequence[str]) -> list[str]:
     """One line for each output, with what it is."""
     named = itertools.zip_longest(outputs, names[: len(outputs)], fillvalue="")
-    lines = [f"            {output},{f'  # {name}' if name else ''}" for output, name in named]
+    lines = [f"            {output},{f'  # {in_comment(name)}' if name else ''}" for output, name in named]
     return ["", "        return (", *lines, "        )"]
 
 
@@ -117,7 +118,7 @@ def _annotate(
             if found["name"] in unread:
                 continue
             node = current.get(found["name"])
-            line += f"  # {_label(node)}" if node is not None and _label(node) else ""
+            line += f"  # {in_comment(_label(node))}" if node is not None and _label(node) else ""
         yield line
 
 
@@ -139,11 +140,11 @@ class _Place:
         if (self.section, self.origin) != (last.section, last.origin):
             yield ""
             if self.section != last.section and self.section:
-                yield f"# {f'---- {self.section} ':-<{WIDTH - 10}}"
+                yield f"# {f'---- {in_comment(self.section)} ':-<{WIDTH - 10}}"
             if self.origin:
-                yield f"# {self.origin}"
+                yield f"# {in_comment(self.origin)}"
         if self.label and self != last:
-            yield f"# kfac_fx: {self.label}"
+            yield f"# kfac_fx: {in_comment(self.label)}"
 
 
 def _label(node: Node) -> str:

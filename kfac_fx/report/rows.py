@@ -15,6 +15,7 @@ from kfac_fx.contracts import Plan
 from kfac_fx.errors import Reason
 from kfac_fx.forms import words
 from kfac_fx.report.collapse import collapsed, spanned, template
+from kfac_fx.stages import runs
 from kfac_fx.types import FactorSpec, LayerMatch
 
 
@@ -57,7 +58,10 @@ class LayerRow:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Figures of a whole plan: parameters by element, tensors by name, frozen ones apart."""
+    """Figures of a whole plan: parameters by element, tensors by name, frozen ones apart.
+
+    off: phases that never run, since their pass is switched off; they cost nothing.
+    """
 
     layers: int
     nodes: int
@@ -71,6 +75,7 @@ class Totals:
     parameter_bytes: int
     statistics_every: int
     inverse_every: int
+    off: frozenset[str] = frozenset()
 
     def overhead(self, phase: str) -> float | None:
         """Extra work per step over the model's own, on average. None: the model has no FLOPs."""
@@ -84,15 +89,26 @@ class Totals:
         return (sum(parts.values()) if phase == "total" else parts[phase]) / self.model_flops
 
 
-def cost_of(factors: Iterable[FactorSpec]) -> Cost:
-    """Sum over factors. A layer that borrows A counts what it owns: the inverse, if that is not shared."""
+def cost_of(factors: Iterable[FactorSpec], *, off: frozenset[str] = frozenset()) -> Cost:
+    """Sum over factors. A layer that borrows A counts what it owns: the inverse, if that is not shared.
+
+    off: as of `phases_off`.
+    """
     everything = tuple(factors)
     return Cost(
         state_bytes=sum(f.bytes for f in everything),
-        statistics=sum(f.flops_statistics for f in everything),
-        inversion=sum(f.flops_refresh for f in everything),
-        apply=sum(f.flops_apply for f in everything),
+        statistics=0 if "statistics" in off else sum(f.flops_statistics for f in everything),
+        inversion=0 if "inversion" in off else sum(f.flops_refresh for f in everything),
+        apply=0 if "apply" in off else sum(f.flops_apply for f in everything),
     )
+
+
+def phases_off(plan: Plan) -> frozenset[str]:
+    """Phases without work as their pass is off. Statistics that no average takes in are no longer computed,
+    and what has no statistics has no refresh.
+    """
+    collects, applies = runs("averages", plan.without), runs("precondition", plan.without)
+    return frozenset((() if collects else ("statistics", "inversion")) + (() if applies else ("apply",)))
 
 
 def forward_order(plan: Plan) -> tuple[LayerMatch, ...]:
@@ -115,7 +131,7 @@ def layer_labels(plan: Plan) -> dict[str, str]:
 
 def layer_rows(plan: Plan, layers: Sequence[LayerMatch], *, collapse: bool) -> list[LayerRow]:
     """Rows of these layers, in their order. collapse: one row for layers that are alike."""
-    labels, owned = layer_labels(plan), factors_by_layer(plan)
+    labels, owned, off = layer_labels(plan), factors_by_layer(plan), phases_off(plan)
     groups: dict[Hashable, list[LayerMatch]] = {}
     for match in layers:
         groups.setdefault(_likeness(match, owned[match.key]) if collapse else match.key, []).append(match)
@@ -125,7 +141,7 @@ def layer_rows(plan: Plan, layers: Sequence[LayerMatch], *, collapse: bool) -> l
         parts = collapsed(names)
         if len(parts) > 1 and group[0].structure == "block":
             parts = [(spanned([names[i] for i in places]), places) for places in _by_template(names)]
-        rows += [_layer_row(label, [group[i] for i in places], owned) for label, places in parts]
+        rows += [_layer_row(label, [group[i] for i in places], owned, off) for label, places in parts]
     position = {match.key: index for index, match in enumerate(layers)}
     return sorted(rows, key=lambda row: position[row.first.key])
 
@@ -156,7 +172,7 @@ def estimated_ns(match: LayerMatch, factor: FactorSpec) -> int | None:
 
 def totals(plan: Plan) -> Totals:
     """Figures of the whole plan."""
-    active = [s for s in plan.skipped if s.reason is not Reason.FROZEN]
+    active, off = [s for s in plan.skipped if s.reason is not Reason.FROZEN], phases_off(plan)
     return Totals(
         layers=len(plan.matched),
         nodes=len(plan.capture.graph.graph.nodes),
@@ -165,24 +181,28 @@ def totals(plan: Plan) -> Totals:
         skipped=sum(s.numel for s in active),
         skipped_tensors=len(active),
         frozen_tensors=len(plan.skipped) - len(active),
-        cost=cost_of(plan.factors),
+        cost=cost_of(plan.factors, off=off),
         model_flops=plan.model_flops,
         parameter_bytes=sum(p.numel * p.dtype.itemsize for p in plan.capture.parameters),
         statistics_every=plan.method.statistics_every,
         inverse_every=plan.method.inverse_every,
+        off=off,
     )
 
 
 def _layer_row(
-    label: str, group: Sequence[LayerMatch], owned: Mapping[str, tuple[FactorSpec, ...]]
+    label: str,
+    group: Sequence[LayerMatch],
+    owned: Mapping[str, tuple[FactorSpec, ...]],
+    off: frozenset[str],
 ) -> LayerRow:
     factors = tuple(owned[match.key] for match in group)
     return LayerRow(
         label=label,
         members=tuple(group),
         factors=factors,
-        cost=cost_of(factors[0]),
-        total=cost_of(factor for of_one in factors for factor in of_one),
+        cost=cost_of(factors[0], off=off),
+        total=cost_of((factor for of_one in factors for factor in of_one), off=off),
     )
 
 

@@ -1,7 +1,7 @@
 """The report of a `Plan` in a terminal, through rich: the cells of `text`, with colour and cut to the width.
 
 Enters: a plan or the methods, and a console. Leaves: nothing; it prints. Output that goes to a file or a pipe
-is never cut.
+is cut only if the variable COLUMNS asks for a width.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def make_console(*, no_color: bool = False) -> Console:
     """A console on stdout; plain when asked, when `NO_COLOR` is set and when stdout is no terminal."""
     plain = no_color or bool(os.environ.get("NO_COLOR"))
     console = Console(color_system=None if plain else "auto", highlight=False)
-    if not console.is_terminal:
+    if not console.is_terminal and not _asked_width():
         console.width = _WIDTH_OF_A_PIPE
     return console
 
@@ -65,8 +65,14 @@ def show(plan: Plan, console: Console, *, skipped: bool = False, layer: str | No
 
 
 def width_of(console: Console) -> int | None:
-    """Characters per line of a terminal; None for a file or a pipe, where nothing is cut."""
-    return console.width if console.is_terminal else None
+    """Characters per line: of a terminal, else what COLUMNS says; None, so that nothing is cut, without."""
+    return console.width if console.is_terminal else _asked_width()
+
+
+def _asked_width() -> int | None:
+    """The variable COLUMNS, if it is a width."""
+    text = os.environ.get("COLUMNS", "")
+    return (int(text) if text.isdecimal() else 0) or None
 
 
 def show_lines(lines: Iterable[Line], console: Console) -> None:

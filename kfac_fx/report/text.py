@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 from kfac_fx.contracts import Plan
 from kfac_fx.errors import UnknownNameError, did_you_mean
-from kfac_fx.report.cells import COLUMNS, layer_cells, table_lines
+from kfac_fx.report.cells import COLUMNS, hidden_columns, layer_cells, table_lines
 from kfac_fx.report.lines import GAP, Line, broken, line, plain_text, wrapped
 from kfac_fx.report.numbers import bytes_text, flops_text, share_text, tensors_text
 from kfac_fx.report.rows import (
@@ -24,12 +24,14 @@ from kfac_fx.report.rows import (
 )
 from kfac_fx.report.skips import SkipRow, skip_rows
 from kfac_fx.types import LayerMatch, Skip
+from kfac_fx.wording import counted
 
 ADVICE_MARK = "->"
 SKIPPED_TITLE = "skipped (plain gradient, no preconditioner)"
 SIZES_NOTE = "A, G of each layer: n^2 matrix, n diagonal, k x n^2 per group or channel"
 THIN_NOTE = ", n/m thin with m columns"
-COSTS_NOTE = "of all x layers: state in bytes; stats, invert, apply in FLOPs each time"
+HIDDEN_REMEDY = "widen the terminal, or --json"
+COSTS_NOTE = "of all x layers: state in bytes; stats, refresh, apply in FLOPs each time"
 SHARED_NOTE = "* the same tensor as another layer's input: one A, stored and computed once"
 FORM_NOTE = "form: how A of a convolution is computed, by estimated time"
 
@@ -70,15 +72,15 @@ def header_lines(plan: Plan, *, width: int | None = None) -> list[Line]:
         f"method {plan.method.name}",
         f"sharing {plan.sharing}",
         f"fisher {plan.fisher}",
-        f"{sums.nodes:,} nodes captured",
+        f"{counted(sums.nodes, 'node')} captured",
     ]
     if plan.rounds_rows:
         title.append("statistics of bfloat16 rows")
     if plan.without:
         title.append(f"without {', '.join(sorted(plan.without))}")
     share = sums.skipped / sums.trainable if sums.trainable else 0.0
-    skipped = f"{tensors_text(sums.skipped_tensors)}, {sums.skipped:,} parameters ({share:.1%})"
-    matched = f"{sums.layers:,} layers, {sums.matched:,} of {sums.trainable:,} parameters"
+    skipped = f"{tensors_text(sums.skipped_tensors)}, {counted(sums.skipped, 'parameter')} ({share:.1%})"
+    matched = f"{counted(sums.layers, 'layer')}, {sums.matched:,} of {counted(sums.trainable, 'parameter')}"
     account = [
         f"matched  {matched} ({plan.coverage:.1%})",
         f"  skipped  {skipped if sums.skipped_tensors else 'nothing'}",
@@ -93,12 +95,20 @@ def header_lines(plan: Plan, *, width: int | None = None) -> list[Line]:
 
 
 def note_lines(cells: Sequence[Sequence[str]], *, width: int | None = None) -> list[Line]:
-    """What the columns mean; of form and shared A only if a layer in the table has them."""
+    """Which columns do not fit, and what they mean; of form and shared A only if a layer has them."""
+    hidden = hidden_columns(cells, width=width)
     shared = any(texts[COLUMNS.index("A")].endswith("*") for texts in cells)
     forms = bool(cells[0][COLUMNS.index("form")])
     thin = any("/" in texts[COLUMNS.index(side)] for texts in cells for side in "AG")
     sizes = SIZES_NOTE + (THIN_NOTE if thin else "")
-    notes = [sizes, COSTS_NOTE, *([FORM_NOTE] if forms else []), *([SHARED_NOTE] if shared else [])]
+    missing = f"hidden: {', '.join(hidden)} ({HIDDEN_REMEDY})"
+    notes = [
+        *([missing] if hidden else []),
+        sizes,
+        COSTS_NOTE,
+        *([FORM_NOTE] if forms else []),
+        *([SHARED_NOTE] if shared else []),
+    ]
     return [piece for note in notes for piece in wrapped(note, width=width, indent=2, role="note")]
 
 
@@ -150,12 +160,16 @@ def cost_lines(sums: Totals, *, width: int | None = None) -> list[Line]:
     phases = {
         "apply": f"apply {flops_text(sums.cost.apply)}",
         "statistics": f"statistics {flops_text(sums.cost.statistics)} {_every(sums.statistics_every)}",
-        "inversion": f"inversion {flops_text(sums.cost.inversion)} {_every(sums.inverse_every)}",
+        "inversion": f"refresh {flops_text(sums.cost.inversion)} {_every(sums.inverse_every)}",
+    }
+    phases |= {
+        phase: f"{'refresh' if phase == 'inversion' else phase} off" for phase in phases if phase in sums.off
     }
     shares = {phase: sums.overhead(phase) for phase in (*phases, "total")}
     parts = [f"per step  model {flops_text(sums.model_flops)}"]
     for phase, text in phases.items():
-        share = None if phase == "inversion" and not sums.inverse_every else shares[phase]
+        never = phase in sums.off or (phase == "inversion" and not sums.inverse_every)
+        share = None if never else shares[phase]
         parts.append(text if share is None else f"{text} ({share_text(share)})")
     if shares["total"] is not None:
         parts.append(f"total {share_text(shares['total'])} FLOPs")

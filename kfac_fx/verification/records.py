@@ -22,6 +22,7 @@ class Check:
 
     error: largest difference relative to the size of what is compared; None: not checked, for `reason`.
     tolerance: largest error that is rounding. detail: where the largest error is, or what was compared.
+    nothing: there is nothing to compare, which is ok.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Check:
     tolerance: float = 0.0
     reason: str = ""
     detail: str = ""
+    nothing: bool = False
 
     @property
     def status(self) -> Status:

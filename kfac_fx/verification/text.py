@@ -13,8 +13,9 @@ from typing import final
 from kfac_fx.report.rows import LayerRow, layer_labels, layer_rows
 from kfac_fx.types import LayerMatch
 from kfac_fx.verification.records import Check, LayerVerdict, Verification
+from kfac_fx.wording import counted
 
-COLUMNS = ("layer", "kind", "x", "rows", "gradient", "statistics", "direction", "update", "source")
+COLUMNS = ("layer", "kind", "x", "seen at", "gradient", "statistics", "direction", "update", "source")
 STYLES = {"ok": "green", "violated": "bold red", "not checked": "yellow"}
 _GAP = "  "
 
@@ -73,14 +74,14 @@ def total_line(verification: Verification) -> str:
     """One sentence: how many layers have which verdict, and the rest."""
     found = [verdict.status for verdict in verification.layers]
     whole = [check.status for check in verification.whole]
-    parts = [f"{found.count('ok')} of {len(found)} layers ok"]
+    parts = [f"{found.count('ok')} of {counted(len(found), 'layer')} ok"]
     if "violated" in found:
         parts.append(f"{found.count('violated')} VIOLATED")
     if "not checked" in found:
         parts.append(f"{found.count('not checked')} not checked in every part")
     parts.append(f"whole model {'VIOLATED' if 'violated' in whole else 'ok'}")
     skipped = len(verification.plan.skipped)
-    parts.append(f"{skipped} parameter tensor{'' if skipped == 1 else 's'} without a layer")
+    parts.append(f"{counted(skipped, 'parameter tensor')} without a layer")
     return "verified: " + ", ".join(parts)
 
 
@@ -95,9 +96,11 @@ def _whole_lines(verification: Verification) -> list[tuple[str, str]]:
 
 
 def cell(check: Check) -> str:
-    """`ok 2e-16`, `VIOLATED 0.3` or `not checked`."""
+    """`ok 2e-16`, `VIOLATED 0.3`, `not checked` or `none`."""
     if check.error is None:
         return "not checked"
+    if check.nothing:
+        return "none"
     return f"{'ok' if check.status == 'ok' else 'VIOLATED'} {check.error:.0e}"
 
 

@@ -46,7 +46,10 @@ def update_checks(
         by_layer[match.key] = joined("update", own)
     others = [check(name, slice(None)) for name in rest]
     return by_layer, joined("update of other parameters", others) if others else Check(
-        name="update of other parameters", error=0.0, detail="there are none"
+        name="update of other parameters",
+        error=0.0,
+        nothing=True,
+        detail="every parameter belongs to a layer",
     )
 
 

@@ -16,6 +16,7 @@ from kfac_fx.verification.eager import Observed, Plain
 from kfac_fx.verification.ours import Outputs
 from kfac_fx.verification.records import Check
 from kfac_fx.verification.tolerance import compared, distance
+from kfac_fx.wording import counted
 
 _MOST_COLUMNS = 256
 
@@ -54,7 +55,7 @@ def _all(
 
 def scale_check(plan: Plan, observed: Observed, inverse_scale: Tensor, *, tolerance: float) -> Check:
     """R_ of methods.md 1.1 from the second derivative of the user's loss along one direction."""
-    name = "1/R_"
+    name = "scale of the loss (1/R_)"
     call = _single(plan, observed)
     if isinstance(call, str):
         return Check(name=name, reason=call)
@@ -70,7 +71,7 @@ def scale_check(plan: Plan, observed: Observed, inverse_scale: Tensor, *, tolera
     if float(ratios.max() - ratios.min()) > 1e-3 * float(ratios.abs().max()):
         return Check(name=name, reason="terms of the loss weigh differently")
     expected = ratios.mean().reciprocal()
-    detail = f"{call.kind}, {int(kept.sum())} terms"
+    detail = f"{call.kind}, {counted(int(kept.sum()), 'term')}"
     return compared(name, inverse_scale.reshape(()), expected.detach(), tolerance=tolerance, detail=detail)
 
 

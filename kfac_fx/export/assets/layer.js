@@ -66,7 +66,7 @@ function laneCode(data, graph, lines, lane) {
   const count = spans.reduce((sum, [start, end]) => sum + end - start + 1, 0);
   const last = data.programs[data.programs.length - 1].name;
   const part = make("details", { class: `part ${name}`, open: lane < 2 || count <= 40 },
-    make("summary", {}, make("b", {}, name), make("span", {}, ` ${count} lines`)));
+    make("summary", {}, make("b", {}, name), make("span", {}, ` ${counted(count, "line")}`)));
   if (!count) return part;
   const block = make("div", { class: "code", tabindex: "0", role: "region", "aria-label": `${name}, lines of the program` });
   spans.forEach(([start, end], index) => {

@@ -3,6 +3,7 @@ readData().then((data) => {
   const linesOf = programLines(data.programs);
   const table = layerTable(data, layerDetail(data, linesOf));
   const filterSkips = skipTable(data.skips);
+  fitStrip();
   const showCode = codeView(data, linesOf);
   const input = byId("filter");
   let place = 0;

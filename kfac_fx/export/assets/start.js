@@ -24,6 +24,7 @@ const scaled = (number, base) => {
 };
 const bytes = (number) => scaled(number, 1024);
 const flops = (number) => scaled(number, 1000);
+const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 const exact = (number) => Math.round(number).toLocaleString("en-US");
 
 const sizeOf = (factor) => {

@@ -111,7 +111,7 @@ function layerTable(data, showLayer) {
     }
     drawFoot(rows);
     byId("shown").textContent = rows.length === state.rows.length
-      ? `${rows.length} rows, ${layers.length} layers`
+      ? `${counted(rows.length, "row")}, ${counted(layers.length, "layer")}`
       : `${rows.length} of ${state.rows.length} rows`;
   };
   const drawFoot = (rows) => {
