@@ -342,3 +342,14 @@ def test_a_missing_field_deep_inside_is_named(tmp_path: Path, good: Document) ->
     (tmp_path / "report.json").write_text(json.dumps(wrong))
     with pytest.raises(KfacFxError, match=re.escape("layers[1].factors[0].bytes")):
         read_report(tmp_path)
+
+
+def test_costs_that_print_the_same_are_not_listed(good: Document) -> None:
+    other = copy.deepcopy(good)
+    other["layers"][0]["cost"]["bytes"] = 2**20
+    near = copy.deepcopy(other)
+    near["layers"][0]["cost"]["bytes"] += 4
+    small = plain_text(difference_lines(difference(other, near), names=("a", "b")))
+    assert "1.0M -> 1.0M" not in small and "1 changed" in small and "less than is printed" in small
+    near["layers"][0]["cost"]["bytes"] *= 2
+    assert "state 1.0M -> 2.0M" in plain_text(difference_lines(difference(other, near), names=("a", "b")))

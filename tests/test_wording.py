@@ -6,6 +6,7 @@ from torch import nn
 
 import kfac_fx
 from kfac_fx import report
+from kfac_fx.report.numbers import part_text
 from kfac_fx.wording import counted, with_article
 
 
@@ -45,3 +46,11 @@ def test_the_reason_of_an_added_parameter_is_not_that_of_a_norm_alone(method: st
     plan = kfac_fx.inspect(Positions(), nn.functional.mse_loss, x, torch.randn(5, 4, 2), method=method)
     (skip,) = plan.skipped
     assert skip.parameter == "position" and "added parameters" in skip.detail
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [(1.0, "100.0%"), (52_544 / 52_547, ">99.9%"), (0.9994, "99.9%"), (3 / 52_547, "<0.1%"), (0.0, "0.0%")],
+)
+def test_a_part_is_rounded_neither_to_all_nor_to_nothing(part: float, text: str) -> None:
+    assert part_text(part) == text

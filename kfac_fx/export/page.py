@@ -21,7 +21,7 @@ from kfac_fx.errors import Reason
 from kfac_fx.export.page_data import page_data
 from kfac_fx.export.strip import strip
 from kfac_fx.export.subject import Subject
-from kfac_fx.report.numbers import bytes_text, flops_text, share_text, tensors_text
+from kfac_fx.report.numbers import bytes_text, flops_text, part_text, share_text, tensors_text
 from kfac_fx.report.rows import Totals, totals
 from kfac_fx.report.skips import SkipRow, skip_rows
 from kfac_fx.wording import counted
@@ -121,7 +121,7 @@ def _covered(plan: Plan, sums: Totals) -> str:
         f"{counted(sums.trainable, 'trainable parameter')}. Parameters: {bytes_text(sums.parameter_bytes)} "
         f"bytes; curvature state: {bytes_text(sums.cost.state_bytes)} bytes{times}."
     )
-    return _card("Preconditioned", f"{plan.coverage:.1%}", f"{share}<p>{escape(text)}</p>")
+    return _card("Preconditioned", part_text(plan.coverage), f"{share}<p>{escape(text)}</p>")
 
 
 def _left_out(plan: Plan, sums: Totals) -> str:

@@ -25,6 +25,13 @@ def share_text(share: float) -> str:
     return f"+{share:.1%}" if share < 0.1 else f"+{share:,.0%}"
 
 
+def part_text(part: float) -> str:
+    """A part of a whole: `91.0%`. Rounding makes neither all nor nothing of it: `>99.9%`, `<0.1%`."""
+    if 0.9995 <= part < 1:
+        return ">99.9%"
+    return "<0.1%" if 0 < part < 0.0005 else f"{part:.1%}"
+
+
 def tensors_text(number: int) -> str:
     """`1 tensor`, `2 tensors`."""
     return counted(number, "tensor")

@@ -13,7 +13,7 @@ from kfac_fx.contracts import Plan
 from kfac_fx.errors import UnknownNameError, did_you_mean
 from kfac_fx.report.cells import COLUMNS, hidden_columns, layer_cells, table_lines
 from kfac_fx.report.lines import GAP, Line, broken, line, plain_text, wrapped
-from kfac_fx.report.numbers import bytes_text, flops_text, share_text, tensors_text
+from kfac_fx.report.numbers import bytes_text, flops_text, part_text, share_text, tensors_text
 from kfac_fx.report.rows import (
     Totals,
     estimated_ns,
@@ -79,10 +79,12 @@ def header_lines(plan: Plan, *, width: int | None = None) -> list[Line]:
     if plan.without:
         title.append(f"without {', '.join(sorted(plan.without))}")
     share = sums.skipped / sums.trainable if sums.trainable else 0.0
-    skipped = f"{tensors_text(sums.skipped_tensors)}, {counted(sums.skipped, 'parameter')} ({share:.1%})"
+    skipped = (
+        f"{tensors_text(sums.skipped_tensors)}, {counted(sums.skipped, 'parameter')} ({part_text(share)})"
+    )
     matched = f"{counted(sums.layers, 'layer')}, {sums.matched:,} of {counted(sums.trainable, 'parameter')}"
     account = [
-        f"matched  {matched} ({plan.coverage:.1%})",
+        f"matched  {matched} ({part_text(plan.coverage)})",
         f"  skipped  {skipped if sums.skipped_tensors else 'nothing'}",
     ]
     if sums.frozen_tensors:
