@@ -98,11 +98,9 @@ def _trace(function: Callable[..., Mapping[str, Tensor]], arguments: Sequence[No
         names[:] = results
         return list(results.values())
 
-    module = fxgraph.traced(run, arguments)
-    _drop_idle_views(module.graph)
-    read = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
-    constants = {target: getattr(module, target) for target in read}
-    return Trace(graph=module.graph, constants=constants, names=tuple(names))
+    graph, constants = fxgraph.traced(run, arguments)
+    _drop_idle_views(graph)
+    return Trace(graph=graph, constants=constants, names=tuple(names))
 
 
 def _drop_idle_views(graph: Graph) -> None:

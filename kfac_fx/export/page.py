@@ -132,7 +132,7 @@ def _left_out(plan: Plan, sums: Totals) -> str:
         f"{counted(sums.skipped, 'parameter')} {'takes' if sums.skipped == 1 else 'take'} the plain gradient"
     )
     frozen = f"; frozen: {tensors_text(sums.frozen_tensors)}" if sums.frozen_tensors else ""
-    text = f"{took}{frozen}. Tensors by reason:"
+    text = f"{took}{frozen}. Tensors by reason{', frozen ones too' if frozen else ''}:"
     figure = tensors_text(sums.skipped_tensors)
     return _card("Skipped", figure, f'<p>{escape(text)}</p><ul class="reasons">{reasons}</ul>')
 
@@ -156,7 +156,7 @@ def _work(sums: Totals) -> str:
         "apply": "every step",
         "statistics": _every(sums.statistics_every),
         "inversion": _every(sums.inverse_every),
-    }
+    } | dict.fromkeys(sums.off, "off")
     flops = {"apply": sums.cost.apply, "statistics": sums.cost.statistics, "inversion": sums.cost.inversion}
     shares = {phase: sums.overhead(phase) or 0.0 for phase in often}
     bar = "".join(
