@@ -153,8 +153,7 @@ def traced(
 class _Recorder(TorchDispatchMode):
     """Writes down the operators that run under it, on fake tensors, as a graph.
 
-    What `make_fx` gives for such functions, which know no autograd, autocast or symbols, in less than half
-    the time.
+    What `make_fx` gives for such functions, which know no autograd and no symbols, in less time.
     """
 
     def __init__(self, mode: FakeTensorMode, inputs: Sequence[Tensor]) -> None:

@@ -2,15 +2,18 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import kfac_fx
 from kfac_fx import graph, traces
+from kfac_fx.instrument import instrument
 from tests.training import differing, run_step, snapshot
 
 
@@ -97,3 +100,32 @@ def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traces, "_MOST", 3)
     trained(network())
     assert len(traces._everywhere) == 3
+
+
+def traced_by_torch(
+    function: Callable[..., Sequence[Tensor]], arguments: Sequence[Node]
+) -> tuple[Graph, dict[str, Tensor]]:
+    """What `graph.traced` returns, by `make_fx`."""
+    with graph.fake_mode(arguments[0].graph):
+        values = [
+            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype) for v in map(graph.value, arguments)
+        ]
+        module = make_fx(lambda *tensors: tuple(function(*tensors)))(*values)
+    module.graph.eliminate_dead_code()
+    read = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    return module.graph, {name: getattr(module, name) for name in read}
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "nkfac", "skfac", "singd"])
+def test_the_programs_are_those_that_torchs_own_tracer_gives(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = batches()[0]
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, groups=2), network())
+    code = []
+    for tracer in (graph.traced, traced_by_torch):
+        monkeypatch.setattr(graph, "traced", tracer)
+        traces.forget()
+        plan = kfac_fx.inspect(nn.Sequential(model[0], nn.Conv2d(4, 2, 1), model[1]), None, x, y, method=name)
+        code.append(instrument(plan, "statistics").module.code)
+    assert code[0] == code[1] and "bmm" in code[0]
