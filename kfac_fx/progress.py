@@ -7,8 +7,8 @@ and the optimizer's state are the user's objects.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, final
 
 import torch
@@ -23,6 +23,8 @@ from kfac_fx.lower import execution
 from kfac_fx.pending import Pending
 from kfac_fx.schedule import check_staggered
 from kfac_fx.stages import runs
+
+Phase = Callable[[str], AbstractContextManager[None]]
 
 
 @final
@@ -76,27 +78,31 @@ class Progress:
             self.curvature.refresh(self._method)
 
     def directions(
-        self, point: Point | None, *, rates: Rates
+        self, point: Point | None, *, rates: Rates, phase: Phase
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Gradients of the batches that wait, and what goes to the optimizer in their place.
 
         Their statistics join the state, and inverses are refreshed when due. point: where the quadratic model
-        is expanded, for methods with one.
+        is expanded, for methods with one. phase: around each part, with its name.
         """
         pending, refresh = self.pending, self.refresh_due
         assert pending is not None, "an update has batches that wait"
         plan, gradients = pending.plan, pending.gradients
         if pending.statistics:
-            self.curvature.fold(plan, pending.statistics, pending.weight, finite=pending.finite)
+            with phase("moving averages"):
+                self.curvature.fold(plan, pending.statistics, pending.weight, finite=pending.finite)
         if self.quadratic is not None and point is not None:
             options = {"curvature": self.curvature, "refresh": refresh, "rates": rates, "step": self.steps}
-            delta = self.quadratic.update(plan, point, gradients, **options)
+            with phase("refresh, precondition, quadratic model"):
+                delta = self.quadratic.update(plan, point, gradients, **options)
             return gradients, {name: -tensor for name, tensor in delta.items()}
         if refresh:
-            self.refresh()
+            with phase("refresh"):
+                self.refresh()
         if pending.finite is not None:
             gradients = host.zeros_unless(pending.finite, gradients)
-        return gradients, gradients | self.curvature.preconditioned(plan, gradients, rates=rates)
+        with phase("precondition"):
+            return gradients, gradients | self.curvature.preconditioned(plan, gradients, rates=rates)
 
     @property
     def damping(self) -> float:
@@ -113,13 +119,16 @@ class Progress:
         squared = None if self.quadratic is None else self.quadratic.strength.gamma_squared
         return None if squared is None else math.sqrt(squared)
 
-    def begin(self) -> None:
-        """Before the first program of a step: the staggered refresh of its slot, from earlier statistics."""
+    def begin(self, phase: Phase) -> None:
+        """Before the first program of a step: the staggered refresh of its slot, from earlier statistics.
+
+        phase: around it, with its name.
+        """
         if not self._staggered or self.pending is not None:
             return
         self._before = self.curvature.snapshot()
         if slot := self.curvature.slot(self.steps):
-            with execution():
+            with execution(), phase("refresh"):
                 self.curvature.refresh(self._method, slot)
 
     def finished(self) -> None:

@@ -22,7 +22,7 @@ from kfac_fx.compiled import Compiled, Graphs, Outputs
 from kfac_fx.contracts import Method, Plan
 from kfac_fx.errors import KfacFxError
 from kfac_fx.instrument import Variant
-from kfac_fx.live import Journal, StepReport, journaled, observe
+from kfac_fx.live import PROGRAM_PHASES, Journal, StepReport, journaled, observe
 from kfac_fx.lower import execution, resolve_backend
 from kfac_fx.optimizer import OptimizerLink
 from kfac_fx.pending import Pending
@@ -103,7 +103,7 @@ class TrainStep:
         self._watch.settle()
         compiled, batch = self._captures.fitting(inputs, targets)
         with self._progress.rolled_back_on_error(compiled.changing_buffers) as buffers:
-            self._progress.begin()
+            self._progress.begin(self._journal.phase)
             if self._quadratic is not None or self._progress.refresh_due:
                 loss = self._collect(compiled, batch)
                 self._finish(compiled.point(self.model, batch, buffers))
@@ -111,7 +111,8 @@ class TrainStep:
             outputs = self._run("statistics", "plain", compiled, batch)
             if outputs.state:
                 self._curvature.replace(compiled.plan, outputs.state)
-            self._link.apply(outputs.gradients)
+            with self._journal.phase("update"):
+                self._link.apply(outputs.gradients)
             self._progress.finished()
         return outputs.loss
 
@@ -130,7 +131,7 @@ class TrainStep:
         self._watch.settle()
         fitting = self._captures.fitting(inputs, targets)
         with self._progress.rolled_back_on_error(()):
-            self._progress.begin()
+            self._progress.begin(self._journal.phase)
             return self._collect(*fitting)
 
     def _collect(self, compiled: Compiled, batch: Batch) -> Tensor:
@@ -159,10 +160,11 @@ class TrainStep:
         undone = self._progress.rolled_back_on_error(self._captures.changing_buffers)
         with undone, execution(), host.reading(quadratic is not None):
             rates, refreshes = self._link.learning_rates, self._progress.refresh_due
-            plain, gradients = self._progress.directions(point, rates=rates)
+            plain, gradients = self._progress.directions(point, rates=rates, phase=self._journal.phase)
             if refreshes and quadratic is None:
                 self._journal.measure(pending.plan, plain, gradients, rates(pending.plan))
-            self._link.apply(gradients)
+            with self._journal.phase("update"):
+                self._link.apply(gradients)
             self._progress.finished()
 
     def discard(self) -> None:
@@ -251,4 +253,5 @@ class TrainStep:
         tensors = [*self.model.parameters(), *self.model.buffers(), *batch.tensors]
         rates = self._link.learning_rates
         variant = collects if layers else otherwise
-        return compiled.call(variant, tensors, rates=rates, watch=self._watch, layers=layers)
+        with self._journal.phase(PROGRAM_PHASES[variant]):
+            return compiled.call(variant, tensors, rates=rates, watch=self._watch, layers=layers)

@@ -112,7 +112,7 @@ def test_nothing_is_refreshed_and_the_report_says_so() -> None:
     with pytest.raises(ValueError, match=r"KFAC\(inverse_every=0\)"):
         kfac_fx.KFAC(inverse_every=0)
     plan = kfac_fx.inspect(model, F.cross_entropy, x, y, method="diagonal")
-    assert "inversion never" in str(plan)
+    assert "refresh never" in str(plan)
     assert report.document(plan)["totals"]["overhead"]["inversion"] == 0
     assert sum(f.bytes for f in plan.factors) == 4 * 2 * sum(p.numel() for p in model.parameters())
 

@@ -129,6 +129,10 @@ def test_counts_follow_the_schedule() -> None:
     kinds = {kind.name: kind.count for kind in report.kinds}
     assert sum(kinds.values()) == 13 and kinds["first run"] >= 2
     assert all(kind.median > 0 for kind in report.kinds)
+    phases = {phase.name: len(phase.seconds) for phase in report.phases}
+    assert all(phase.median > 0 for phase in report.phases)
+    assert phases["update"] == 13 and phases["refresh"] == phases["precondition"] > 0
+    assert "ms  refresh" in str(report) and "phase/refresh_ms" in report.scalars()
     assert report.state_bytes == sum(layer.state_bytes for layer in report.layers)
     tensors = {id(t): t for s in step.state_dict()["curvature"].values() for t in s.values()}
     assert report.state_bytes == sum(t.numel() * t.element_size() for t in tensors.values())

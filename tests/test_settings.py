@@ -59,7 +59,7 @@ def test_numbers_of_numpy_and_whole_numbers_for_real_ones_are_taken() -> None:
         (kfac_fx.SINGD, {"inverse_every": 5}, "inverse_every=5): must be 0, since nothing is inverted"),
         (kfac_fx.NKFAC, {"decay": 1.0}, "decay=1.0): must lie in [0, 1)"),
         (kfac_fx.NKFAC, {"guard": ["spectral"]}, "guard=['spectral']): must be one of 'frobenius'"),
-        (kfac_fx.KFAC, {"statistics_precision": "float16"}, "precision='float16'): must be 'full' or"),
+        (kfac_fx.KFAC, {"statistics_precision": "tf32"}, "statistics_precision='tf32'): must be 'full' or"),
         (kfac_fx.KFAC, {"damping_rule": 3}, "damping_rule=3): must be one of tikhonov"),
     ],
 )

@@ -24,6 +24,13 @@ from kfac_fx.progress import Progress
 
 KEPT = 100  # losses, and steps of each kind
 
+PROGRAM_PHASES = {
+    "plain": "forward, backward, precondition",
+    "statistics": "forward, backward, statistics, precondition",
+    "gradients": "forward, backward",
+    "batch_statistics": "forward, backward, statistics",
+}
+
 Mark = float | torch.cuda.Event
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,8 +50,8 @@ class Journal:
     """Notes of one training step.
 
     losses: the last ones that were returned. counts: how many steps of each kind. spans: of the last ones of
-    each kind, pairs of marks of each of its calls. length: of the last update with new inverses. refreshed:
-    step of each layer's last refresh.
+    each kind, pairs of marks of each of its calls. phases: marks of the last times of each phase. length: of
+    the last update with new inverses. refreshed: step of each layer's last refresh.
     """
 
     def __init__(self, progress: Progress, captures: Captures, *, device: torch.device) -> None:
@@ -58,6 +65,7 @@ class Journal:
         self.losses: deque[Tensor] = deque(maxlen=KEPT)
         self.counts: dict[str, int] = {}
         self.spans: dict[str, deque[list[tuple[Mark, Mark]]]] = {}
+        self.phases: dict[str, deque[tuple[Mark, Mark]]] = {}
         self.length: Length | None = None
         self.refreshed: dict[str, int] = {}
         self._open: list[tuple[Mark, Mark]] = []
@@ -81,11 +89,19 @@ class Journal:
         if progress.steps != steps:
             self._close()
 
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around a phase of a step. A program's first run, with its compilation, is not noted."""
+        start, programs = self._mark(), self._captures.num_compiled
+        yield
+        if self._captures.num_compiled == programs:
+            self.phases.setdefault(name, deque(maxlen=KEPT)).append((start, self._mark()))
+
     def measure(
         self, plan: Plan, gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor], rates: Tensor
     ) -> None:
         """Note lr^2 <V, grad> over the preconditioned layers. rates: learning rates, [layers]."""
-        if not directions:
+        if not plan.matched:
             return
         products = [
             (to_matrix(match, directions) * to_matrix(match, gradients)).sum() for match in plan.matched

@@ -18,7 +18,7 @@ from kfac_fx.curvature import Curvature
 from kfac_fx.errors import UnknownNameError, did_you_mean
 from kfac_fx.live.health import LayerHealth, factor_health
 from kfac_fx.live.journal import Journal, seconds
-from kfac_fx.live.records import KL, Kind, StepReport
+from kfac_fx.live.records import KL, Kind, Phase, StepReport
 from kfac_fx.live.text import render
 from kfac_fx.live.views import View, views
 from kfac_fx.methods.base import KroneckerFactored
@@ -91,6 +91,10 @@ def observe(
             Kind(name=name, count=journal.counts[name], seconds=tuple(map(seconds, journal.spans[name])))
             for name in KINDS
             if name in journal.counts
+        ),
+        phases=tuple(
+            Phase(name=name, seconds=tuple(seconds([span]) for span in spans))
+            for name, spans in journal.phases.items()
         ),
         layers=tuple(found),
         left_out=tuple(left_out),

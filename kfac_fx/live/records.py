@@ -39,6 +39,20 @@ class Kind:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of a step that runs alone: a program, a refresh, an update. seconds: of its last times."""
+
+    name: str
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Of a typical one."""
+        return statistics.median(self.seconds)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class KL:
     """The length of an update in the metric of the curvature.
 
@@ -60,8 +74,9 @@ class StepReport:
     steps: updates so far. losses: the last ones returned, oldest first. damping: lambda of the next step, in
     the method's units; None for a method without. gamma, reduction_ratio: as on the step. kl: of the last
     update with new inverses; None with the reason in `kl_note`. retried, kept_last: of all refreshes. kinds:
-    kinds of steps and their times. layers: in the order of the forward. left_out: names of layers with a
-    factor larger than was asked for. state_bytes: of the curvature, all layers.
+    kinds of steps and their times. phases: parts of steps and their times; those inside one program have one
+    time, and `kfac-fx bench` takes them apart. layers: in the order of the forward. left_out: names of layers
+    with a factor larger than was asked for. state_bytes: of the curvature, all layers.
     """
 
     method: str
@@ -75,6 +90,7 @@ class StepReport:
     retried: int
     kept_last: int
     kinds: tuple[Kind, ...]
+    phases: tuple[Phase, ...]
     layers: tuple[LayerHealth, ...]
     left_out: tuple[str, ...]
     max_dim: int
@@ -102,6 +118,10 @@ class StepReport:
         if self.kl is not None:
             found |= {"kl/value": self.kl.value, "kl/clip": self.kl.clip}
         found |= {f"time/{kind.name.replace(' ', '_')}_ms": 1e3 * kind.median for kind in self.kinds}
+        found |= {
+            f"phase/{'_'.join(phase.name.replace(',', '').split())}_ms": 1e3 * phase.median
+            for phase in self.phases
+        }
         for layer in self.layers:
             for factor in layer.factors:
                 place = f"{layer.name}.{factor.side}"
@@ -121,7 +141,9 @@ class StepReport:
         }
         kl = None if self.kl is None else dataclasses.asdict(self.kl)
         layers = [_layer(layer, eigenvalues) for layer in self.layers]
-        return plain({"schema": SCHEMA, **values, "kl": kl, "kinds": kinds, "layers": layers})
+        phases = {phase.name: [1e3 * each for each in phase.seconds] for phase in self.phases}
+        parts = {"kl": kl, "kinds": kinds, "phases_milliseconds": phases, "layers": layers}
+        return plain({"schema": SCHEMA, **values, **parts})
 
     def to_json(self, *, eigenvalues: bool = False) -> str:
         """The document as indented text."""

@@ -66,7 +66,10 @@ def _time_lines(report: StepReport) -> list[str]:
     if not report.kinds:
         return []
     parts = [f"{kind.name} {1e3 * kind.median:,.1f} ms (x{kind.count:,})" for kind in report.kinds]
-    return [f"time     {'   '.join(parts)}   (medians; phases: kfac-fx bench)"]
+    lines = [f"time     {'   '.join(parts)}   (medians)"]
+    for number, phase in enumerate(report.phases):
+        lines.append(f"{'' if number else 'phases':<9}{1e3 * phase.median:,.1f} ms  {phase.name}")
+    return lines
 
 
 def _table_lines(report: StepReport) -> list[str]:

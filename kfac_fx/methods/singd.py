@@ -69,7 +69,8 @@ class SINGD(KroneckerFactored):
     def refuses(self, match: LayerMatch) -> str | None:
         """Scales and shifts: the update is one of two factors."""
         if match.structure == "block":
-            return f"{self.name} moves roots of two factors; scales, shifts and added parameters have none"
+            without = "scales, shifts and added parameters have none"
+            return f"{self.name} moves roots of two Kronecker factors; {without}"
         return None
 
     def init(self, match: LayerMatch, *, dtype: torch.dtype, device: torch.device) -> State:

@@ -162,7 +162,9 @@ def cost_lines(sums: Totals, *, width: int | None = None) -> list[Line]:
     phases = {
         "apply": f"apply {flops_text(sums.cost.apply)}",
         "statistics": f"statistics {flops_text(sums.cost.statistics)} {_every(sums.statistics_every)}",
-        "inversion": f"refresh {flops_text(sums.cost.inversion)} {_every(sums.inverse_every)}",
+        "inversion": f"refresh {flops_text(sums.cost.inversion)} {_every(sums.inverse_every)}"
+        if sums.inverse_every
+        else "refresh never",
     }
     phases |= {
         phase: f"{'refresh' if phase == 'inversion' else phase} off" for phase in phases if phase in sums.off
