@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from kfac_fx import editing
 from kfac_fx import graph as fxgraph
 from kfac_fx.canonical import to_matrix
 from kfac_fx.contracts import Plan
@@ -24,7 +25,7 @@ def gradient_pairs(plan: Plan) -> Callable[..., list[Tensor]]:
     """A function of the capture's placeholders that returns, per match, (canonical gradient of autograd, of
     `a` and `g`).
     """
-    module, mapping = fxgraph.copy_module(plan.capture.graph)
+    module, mapping = editing.copy_module(plan.capture.graph)
     read = [
         [*(plan.capture.gradients[name] for name in _own(match)), *_training_nodes(match)]
         for match in plan.matched
@@ -32,7 +33,7 @@ def gradient_pairs(plan: Plan) -> Callable[..., list[Tensor]]:
     nodes = list(dict.fromkeys(mapping[node] for own in read for node in own))
     module.graph.output_node().args = (tuple(nodes),)
     keep = frozenset(mapping[n] for n in plan.capture.graph.graph.nodes if fxgraph.has_effect(n))
-    fxgraph.eliminate_dead(module, keep)
+    editing.eliminate_dead(module, keep)
 
     def run(*tensors: Tensor) -> list[Tensor]:
         with torch.no_grad():

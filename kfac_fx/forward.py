@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import GraphModule, Node
 
+from kfac_fx import editing
 from kfac_fx import graph as fxgraph
 from kfac_fx.errors import CaptureError, LossError
 from kfac_fx.hessian import root_products
@@ -112,7 +113,7 @@ def forward_program(capture: Capture) -> Forward:
             f"calls alone, but {problem}. For a penalty eta/2 |theta|^2 pass l2=eta to the method; for any "
             "other loss use quadratic_model=False."
         )
-    module, mapping = fxgraph.copy_module(capture.graph)
+    module, mapping = editing.copy_module(capture.graph)
     outputs = [capture.loss]
     for recorded in capture.losses:
         outputs += [recorded.prediction, recorded.inverse_scale]
@@ -126,7 +127,7 @@ def forward_program(capture: Capture) -> Forward:
             effects.add(mapping[node])
     for node in list(module.graph.nodes):
         _make_differentiable(node)
-    fxgraph.eliminate_dead(module, frozenset(effects))
+    editing.eliminate_dead(module, frozenset(effects))
     random = [node for node in module.graph.nodes if fxgraph.is_random(node)]
     if random:
         raise CaptureError(_random(random))

@@ -18,7 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kfac_fx.errors import CaptureError
@@ -209,59 +209,6 @@ def constant(function: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
     """`function(*arguments)`, computed now and once: a traced graph reads the tensor, not how it was made."""
     with _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
         return function(*arguments)
-
-
-def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
-    """A copy that can be edited, and the map from old nodes to new ones."""
-    copy = Graph()
-    mapping: dict[Node, Node] = {}
-    copy.output(copy.graph_copy(graph, mapping))
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
-    return copy, mapping
-
-
-def copy_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
-    """The same for a module."""
-    graph, mapping = copy_graph(module.graph)
-    return GraphModule(module, graph, class_name=type(module).__name__), mapping
-
-
-def eliminate_dead(
-    module: GraphModule, keep: frozenset[Node], placeholders: Iterable[Node] = ()
-) -> frozenset[Node]:
-    """Remove nodes that no output needs, and of these placeholders those that nothing reads any more.
-
-    keep: nodes with effects (in-place updates, random draws). Returns the removed placeholders.
-    """
-    module.graph.eliminate_dead_code(is_impure_node=lambda n: n in keep or n.op in ("placeholder", "output"))
-    unused = frozenset(node for node in placeholders if not node.users)
-    for node in unused:
-        module.graph.erase_node(node)
-    for node in module.graph.nodes:
-        if is_op(node, aten.convolution_backward.default):
-            used = {int(user.args[1]) for user in node.users}  # type: ignore[arg-type]
-            mask = [bool(m) and i in used for i, m in enumerate(node.args[-1])]  # type: ignore[arg-type]
-            if any(mask):
-                node.args = (*node.args[:-1], mask)
-    relax_views(module)
-    module.recompile()
-    return unused
-
-
-def relax_views(module: GraphModule) -> None:
-    """Let `view` copy where real strides differ from the fake ones, except where the view is written to."""
-    views = (aten.view.default, aten._unsafe_view.default)
-    written: set[Node] = set()
-    for node in module.graph.nodes:
-        if node.op == "call_function" and is_mutation(node):
-            source = node.args[0]
-            while isinstance(source, Node) and source not in written:
-                written.add(source)
-                source = source.args[0] if is_op(source, *views) else None
-    for node in module.graph.nodes:
-        if is_op(node, *views) and node not in written:
-            node.target = aten.reshape.default
 
 
 def named_arguments(node: Node) -> dict[str, Any]:

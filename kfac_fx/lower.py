@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from kfac_fx import editing, precision
 from kfac_fx import graph as fxgraph
-from kfac_fx import precision
 from kfac_fx.errors import check_choice
 from kfac_fx.walk import base
 
@@ -90,7 +90,7 @@ def in_full_float32(module: GraphModule) -> GraphModule:
 
     The model's own products keep what the user allows.
     """
-    changed, _ = fxgraph.copy_module(module)
+    changed, _ = editing.copy_module(module)
     for node in changed.graph.nodes:
         if not str(node.meta.get("kfac_fx", "")).startswith("inserted"):
             continue

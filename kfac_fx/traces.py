@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from kfac_fx import editing
 from kfac_fx import graph as fxgraph
 from kfac_fx.graph import aten, is_op
 
@@ -120,7 +121,7 @@ def _drop_idle_views(graph: Graph) -> None:
 
 def _without_values(traced: Trace) -> Trace:
     """A copy whose nodes know of their values the sizes alone."""
-    graph, _ = fxgraph.copy_graph(traced.graph)
+    graph, _ = editing.copy_graph(traced.graph)
     for node in graph.nodes:
         node.meta = {"val": fxgraph.tree_map(_described, node.meta["val"])} if "val" in node.meta else {}
     return replace(traced, graph=graph)
@@ -128,7 +129,7 @@ def _without_values(traced: Trace) -> Trace:
 
 def _with_values(traced: Trace, *, like: Node) -> Trace:
     """A copy of what `_without_values` gave, with values that belong to the graph of `like`."""
-    graph, _ = fxgraph.copy_graph(traced.graph)
+    graph, _ = editing.copy_graph(traced.graph)
     with fxgraph.fake_mode(like.graph):
         for node in graph.nodes:
             if "val" in node.meta:

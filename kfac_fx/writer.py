@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from kfac_fx import editing
 from kfac_fx import graph as fxgraph
 from kfac_fx.canonical import initial_state, state_owner
 from kfac_fx.contracts import Plan
@@ -43,7 +44,7 @@ class GraphWriter:
 
     def __init__(self, plan: Plan, sizes: Mapping[Key, Sequence[int]]) -> None:
         self.plan = plan
-        self.module, self._copies = fxgraph.copy_module(plan.capture.graph)
+        self.module, self._copies = editing.copy_module(plan.capture.graph)
         self.end = self.module.graph.output_node()
         self._sizes = sizes
         self._order = {node: i for i, node in enumerate(plan.capture.graph.graph.nodes)}
@@ -153,7 +154,7 @@ class GraphWriter:
         collects: whether the Fisher's passes are kept, and with them what they update in place.
         """
         self.end.args = (tuple(outputs),)
-        unused = fxgraph.eliminate_dead(self.module, self._effects(collects), self._states.values())
+        unused = editing.eliminate_dead(self.module, self._effects(collects), self._states.values())
         self.module.graph.lint()
         return tuple(key for key, node in self._states.items() if node not in unused)
 

@@ -18,6 +18,7 @@ LAYERS = (
     ("types", "stages"),
     ("traced",),
     ("contracts", "graph", "linalg", "gram", "loss", "forms"),
+    ("editing",),
     ("walk", "traces", "canonical", "batch", "hessian", "rows", "lags", "newton", "woodbury", "spectrum"),
     ("autocorrelation", "splice", "schedule", "outcomes", "watch"),
     ("passes", "layers", "methods"),

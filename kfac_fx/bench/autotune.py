@@ -20,9 +20,10 @@ import kfac_fx
 from kfac_fx.autocorrelation import input_moment
 from kfac_fx.bench.clock import in_turns
 from kfac_fx.bench.records import Tuned
+from kfac_fx.editing import eliminate_dead
 from kfac_fx.errors import KfacFxError
 from kfac_fx.forms import Form, costs, preferred
-from kfac_fx.graph import eliminate_dead, shape, value
+from kfac_fx.graph import shape, value
 from kfac_fx.layout import Geometry
 from kfac_fx.lower import lower
 from kfac_fx.splice import splice

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from kfac_fx import editing
 from kfac_fx import graph as fxgraph
 from kfac_fx.contracts import Plan
 from kfac_fx.lower import lower
@@ -27,10 +28,10 @@ def node_values(plan: Plan, arguments: list[Tensor]) -> Values:
     for use in (use for match in plan.matched for use in match.uses):
         wanted += [*([] if use.a is None else [use.a]), *use.operands, *use.g]
     wanted = list(dict.fromkeys(wanted))
-    module, mapping = fxgraph.copy_module(plan.capture.graph)
+    module, mapping = editing.copy_module(plan.capture.graph)
     module.graph.output_node().args = (tuple(mapping[node] for node in wanted),)
     keep = frozenset(mapping[n] for n in plan.capture.graph.graph.nodes if fxgraph.has_effect(n))
-    fxgraph.eliminate_dead(module, keep)
+    editing.eliminate_dead(module, keep)
     return dict(zip(wanted, lower(module, "eager")(*arguments), strict=True))
 
 
