@@ -11,11 +11,12 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from kfac_fx import graph as fxgraph
 from kfac_fx.batch import Batch, call_model, default_loss
@@ -23,6 +24,7 @@ from kfac_fx.errors import CaptureError, KfacFxError
 from kfac_fx.loss import LossRecorder
 from kfac_fx.passes import Trace, backward_passes, check_loss
 from kfac_fx.record import make_capture
+from kfac_fx.sources import OWN_ROOT, TORCH_ROOT, user_frames
 from kfac_fx.traced import Capture
 from kfac_fx.types import Fisher, LossFn
 
@@ -47,9 +49,7 @@ def capture(
     flat = _distinct([*parameters.values(), *buffers.values(), *batch.tensors])
     with fxgraph.TRACING, _tracing_context(model), _attributes_restored(model), _without_torchs_log():
         try:
-            module = make_fx(
-                joint, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True
-            )(*flat)
+            module = make_fx(joint, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
         except KfacFxError:
             raise
         except Exception as error:
@@ -103,6 +103,7 @@ def _joint_function(
     num_fixed = len(names) + len(buffer_names)
 
     def joint(*flat: Tensor) -> tuple[Tensor, ...]:
+        _note_sources()
         trained = {
             name: tensor.detach().requires_grad_(parameters[name].requires_grad)
             for name, tensor in zip(names, flat, strict=False)
@@ -130,6 +131,21 @@ def _joint_function(
         return torch.func.functional_call(_Step(model, run), slots, (), tie_weights=False)
 
     return joint
+
+
+def _note_sources() -> None:
+    """Write the user's lines into the nodes of the running trace."""
+    mode = get_proxy_mode()
+    assert mode is not None, "no trace is running"
+    create = mode.tracer.create_node
+
+    def create_node(*args: Any, **kwargs: Any) -> Node:
+        node = create(*args, **kwargs)
+        if frames := user_frames():
+            node.stack_trace = frames
+        return node
+
+    mode.tracer.create_node = create_node  # type: ignore[method-assign]
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -232,7 +248,7 @@ def _user_line(error: Exception) -> str:
 
 
 def _is_library(filename: str) -> bool:
-    return filename.startswith((fxgraph._TORCH_ROOT, fxgraph._OWN_ROOT)) or filename.startswith("<")
+    return filename.startswith((TORCH_ROOT, OWN_ROOT)) or filename.startswith("<")
 
 
 def _input_hint(model: nn.Module, batch: Batch) -> str:

@@ -21,6 +21,7 @@ from kfac_fx import editing
 from kfac_fx import graph as fxgraph
 from kfac_fx.errors import CaptureError, LossError
 from kfac_fx.hessian import root_products
+from kfac_fx.sources import user_source
 from kfac_fx.traced import Capture, LossNodes
 from kfac_fx.types import Source
 
@@ -239,4 +240,4 @@ def _no_forward_mode(operator: str, module: GraphModule) -> str:
 
 def _line_of(node: Node) -> Source | None:
     """The user's line."""
-    return fxgraph.user_source(node.meta.get("stack_trace"))
+    return user_source(node.meta.get("stack_trace"))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import os
-import re
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -22,6 +20,7 @@ from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kfac_fx.errors import CaptureError
+from kfac_fx.sources import user_source
 from kfac_fx.types import Source
 
 aten = torch.ops.aten
@@ -33,10 +32,6 @@ tree_flatten, tree_unflatten, tree_leaves, tree_map = (
     pytree.tree_leaves,
     pytree.tree_map,
 )
-
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
-_TORCH_ROOT = os.path.dirname(torch.__file__) + os.sep
-_OWN_ROOT = os.path.dirname(__file__) + os.sep
 
 
 def is_op(node: object, *targets: object) -> bool:
@@ -99,16 +94,6 @@ def getitem_source(node: Node) -> tuple[Node, int] | None:
     if node.op == "call_function" and node.target is operator.getitem:
         return node.args[0], int(node.args[1])  # type: ignore[return-value,arg-type]
     return None
-
-
-def user_source(stack_trace: str | None) -> Source | None:
-    """The innermost line of the user's own program in a node's stack trace."""
-    frames = _FRAME.findall(stack_trace or "")
-    own = [f for f in frames if not f[0].startswith((_TORCH_ROOT, _OWN_ROOT)) and os.path.isabs(f[0])]
-    if not own:
-        return None
-    file, line, code = own[-1]
-    return Source(file=file, line=int(line), code=code.strip())
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode:

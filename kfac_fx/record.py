@@ -18,6 +18,7 @@ from kfac_fx import graph as fxgraph
 from kfac_fx.batch import Batch, num_examples
 from kfac_fx.errors import LossError
 from kfac_fx.passes import Trace
+from kfac_fx.sources import user_source
 from kfac_fx.traced import Capture, LossInfo, LossNodes, Parameter, Pass
 from kfac_fx.types import Fisher, LossFn, Source
 from kfac_fx.wording import counted
@@ -244,7 +245,7 @@ def _user_sources(parameters: tuple[Parameter, ...]) -> dict[str, Source]:
         queue, seen = list(parameter.node.users), set()
         while queue:
             node = queue.pop(0)
-            source = fxgraph.user_source(node.meta.get("stack_trace"))
+            source = user_source(node.meta.get("stack_trace"))
             if source is not None:
                 found[parameter.name] = source
                 break

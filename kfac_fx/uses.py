@@ -10,7 +10,8 @@ from collections.abc import Collection
 
 from torch.fx import Node
 
-from kfac_fx.graph import aten, descendants, is_op, shape, user_source
+from kfac_fx.graph import aten, descendants, is_op, shape
+from kfac_fx.sources import user_source
 from kfac_fx.traced import Capture, Parameter
 from kfac_fx.walk import base, structural_step
 

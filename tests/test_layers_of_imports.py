@@ -16,7 +16,7 @@ PACKAGE = "kfac_fx"
 LAYERS = (
     ("errors", "layout", "host", "precision", "wording"),
     ("types", "stages"),
-    ("traced",),
+    ("traced", "sources"),
     ("contracts", "graph", "linalg", "gram", "loss", "forms"),
     ("editing",),
     ("walk", "traces", "canonical", "batch", "hessian", "rows", "lags", "newton", "woodbury", "spectrum"),

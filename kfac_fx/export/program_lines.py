@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kfac_fx.export.layer_sections import quoted
-from kfac_fx.graph import user_source
 from kfac_fx.report.comments import in_comment
 from kfac_fx.report.program import WIDTH
+from kfac_fx.sources import user_source
 
 _LINE = re.compile(r"^ +(?P<code>(?P<name>\w+)(?: : \S+)? = .*?)(?:;  (?P<freed>(?:\w+ = )+)None)?$")
 _KEYWORD = re.compile(r"([(,] ?)(\w+) = ")

@@ -21,9 +21,9 @@ from kfac_fx.contracts import Plan
 from kfac_fx.errors import ExportError
 from kfac_fx.export.layer_sections import quoted, variable
 from kfac_fx.export.program_lines import body, fitted
-from kfac_fx.graph import user_source
 from kfac_fx.instrument import Program
 from kfac_fx.lower import in_full_float32
+from kfac_fx.sources import user_source
 from kfac_fx.writer import Key
 
 _NAMESPACES = ("aten", "prims", "prim", "kfac_fx")  # the last are those of `precision`

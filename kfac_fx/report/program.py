@@ -17,8 +17,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from kfac_fx.graph import user_source
 from kfac_fx.report.comments import in_comment
+from kfac_fx.sources import user_source
 
 WIDTH = 110
 _ASSIGNMENT = re.compile(r'^(?P<indent> +)(?P<name>\w+)(: "[^"]*")? = ')
