@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kfac_fx.errors import CaptureError
@@ -144,7 +145,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, mode: FakeTensorMode, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.graph, self.constants = Graph(), dict[str, Tensor]()
-        self._mode = mode
+        self._mode, self._met_real = mode, False
         self._nodes: dict[int, tuple[Node, Tensor]] = {}  # with the tensor, whose id is then not used again
         for number, tensor in enumerate(inputs):
             self._know(tensor, self.graph.placeholder(f"arg{number}_1"))
@@ -157,6 +158,7 @@ class _Recorder(TorchDispatchMode):
         """The node of a tensor; a real one becomes a constant. Anything else as it is."""
         if not isinstance(argument, Tensor):
             return argument
+        self._met_real |= not isinstance(argument, FakeTensor)
         if id(argument) not in self._nodes:
             assert not isinstance(argument, FakeTensor), "a fake tensor from outside of the trace"
             name = f"_tensor_constant{len(self.constants)}"
@@ -170,9 +172,12 @@ class _Recorder(TorchDispatchMode):
         return value(self.node(argument)) if real else argument
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read, named = tree_map(self.node, (args, kwargs or {}))
-        fake_args, fake_kwargs = tree_map(self._fake, (args, kwargs or {}))
-        result = func(*fake_args, **fake_kwargs)
+        kwargs = kwargs or {}
+        self._met_real = False
+        read, named = map_aggregate(args, self.node), map_aggregate(kwargs, self.node)
+        if self._met_real:
+            args, kwargs = map_aggregate(args, self._fake), map_aggregate(kwargs, self._fake)
+        result = func(*args, **kwargs)
         if not isinstance(result, (Tensor, list, tuple)):
             return result  # a size
         if func is aten.detach.default and isinstance(result, Tensor):
