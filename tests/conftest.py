@@ -9,7 +9,8 @@ import numpy
 import pytest
 import torch
 
-from kfac_fx import traces
+from kfac_fx import trace, traces
+from tests.shared_captures import remembering
 
 SEED = 0
 
@@ -46,3 +47,11 @@ def replaced_functions_are_not_found_again(request: pytest.FixtureRequest) -> It
     yield
     if replaces:
         traces.forget()
+
+
+@pytest.fixture(scope="module")
+def equal_models_share_a_capture() -> Iterator[None]:
+    """In the test files that ask for it, a model is captured once for all methods."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "capture", remembering(trace.capture))
+        yield

@@ -104,11 +104,11 @@ def test_transform_writes_the_folder_and_says_so(tmp_path: Path) -> None:
     assert result.stdout.startswith((folder / "summary.txt").read_text())
     assert json.loads((folder / "report.json").read_text())["model"] == "TinyGPT"
     sizes = {}
-    for name in ("0-captured", "step-without-statistics", "7-cleaned"):
+    for name in ("0-captured", "step-without-statistics", "8-cleaned"):
         program = (folder / "passes" / f"{name}.py").read_text()
         ast.parse(program)
         sizes[name] = len(program)
-    assert sizes["0-captured"] < sizes["step-without-statistics"] < sizes["7-cleaned"]
+    assert sizes["0-captured"] < sizes["step-without-statistics"] < sizes["8-cleaned"]
 
 
 def test_transform_without_a_pass_says_in_one_line_that_there_is_no_training_step(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from tests.oracles import (
     relative_error,
 )
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SIZES = (6, 5, 5)
 MODES = ("zeros", "reflect", "replicate", "circular")

@@ -20,6 +20,8 @@ from kfac_fx.errors import NonFiniteLossError
 from tests.test_every_method import DISTINCT, step_of, vectors
 from tests.training import differing, snapshot, twin
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 
 class Pool:
     """Memory of all replays, by place, shape and dtype. marked: addresses that were declared to stay."""

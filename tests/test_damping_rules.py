@@ -11,6 +11,8 @@ from tests.damped import added, eye
 from tests.helpers import gradients, one_step
 from tests.oracles import relative_error
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 TOLERANCE = 1e-10
 DAMPING = 0.02
 RULES = ("tikhonov", "factored", "sqrt", "full", "relative")

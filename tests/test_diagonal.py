@@ -11,6 +11,8 @@ from kfac_fx.methods import METHODS
 from tests.helpers import gradients, one_step
 from tests.oracles import parameters_ggn, relative_error
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 TOLERANCE = 1e-10
 DAMPING = 0.02
 

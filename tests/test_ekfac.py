@@ -17,6 +17,8 @@ from tests.helpers import gradients, one_step
 from tests.oracles import kronecker_block, relative_error, weight_ggn
 from tests.test_embedding_norm_tied import SplitConcat
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 TOLERANCE = 1e-10
 State = dict[str, Tensor]
 

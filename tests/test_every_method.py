@@ -20,6 +20,8 @@ from kfac_fx.errors import NonFiniteLossError, Reason
 from kfac_fx.methods import METHODS, resolve
 from tests.training import Batch, differing, distance, plain_step, run_step, snapshot, twin
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 # AdaNKFAC differs from NKFAC in what the tests of `DISTINCT` set for all, KFC from K-FAC in its option.
 DISTINCT = tuple(name for name in METHODS if name != "adankfac")
 SETTINGS = {"kfc": {"spatially_uncorrelated_activations": True}}

@@ -11,6 +11,8 @@ import kfac_fx
 from kfac_fx.methods import METHODS
 from tests.training import Batch, distance, run_step, snapshot, twin
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 
 class TwoReaders(nn.Module):
     """Two layers that read the input; the first of them owns A."""

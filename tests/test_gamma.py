@@ -22,6 +22,8 @@ from kfac_fx.types import Refreshed, State
 from tests.plain_kfac import RATE, PlainKFAC, batches, compiled, network
 from tests.training import differing, run_step, snapshot
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 TOLERANCE = 1e-10
 ETA, STEPS, EVERY = 1e-3, 50, 5
 SCHEDULE = {"adapt_every": EVERY, "gamma_every": EVERY}

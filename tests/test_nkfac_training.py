@@ -13,6 +13,8 @@ from kfac_fx.methods import nkfac
 
 from . import training
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 
 def normal(*sizes: int) -> Tensor:
     return torch.randn(*sizes, dtype=torch.float64)

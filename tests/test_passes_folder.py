@@ -17,7 +17,17 @@ from kfac_fx.export.subject import Subject, statistics_step
 from kfac_fx.target import Target, load_target
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ("captured", "matched", "guarded", "statistics", "averages", "preconditioned", "lengths", "cleaned")
+NAMES = (
+    "captured",
+    "matched",
+    "guarded",
+    "statistics",
+    "averages",
+    "preconditioned",
+    "lengths",
+    "products",
+    "cleaned",
+)
 FILES = tuple(f"{number}-{name}.py" for number, name in enumerate(NAMES))
 
 
@@ -145,8 +155,15 @@ def test_lengths_change_how_directions_go_back_alone(contents: Mapping[str, str]
     assert changed
 
 
+def test_products_leave_every_other_line_as_it_was(contents: Mapping[str, str]) -> None:
+    before, after = (statements(contents[f"{file}.py"]) for file in ("6-lengths", "7-products"))
+    assert before.items() <= after.items() and "products" in after.keys() - before.keys()
+    returned = contents["7-products.py"].split("return (")[1]
+    assert returned.rstrip(") \n").endswith("products,  # <V, grad> of each layer")
+
+
 def test_cleaning_inserts_nothing(contents: Mapping[str, str]) -> None:
-    before, after = (statements(contents[f"{file}.py"]) for file in ("6-lengths", "7-cleaned"))
+    before, after = (statements(contents[f"{file}.py"]) for file in ("7-products", "8-cleaned"))
     assert after.keys() < before.keys()
 
 
@@ -162,7 +179,7 @@ def test_statistics_of_each_layer_stand_under_a_rule_that_the_diff_names(
 
 
 def test_outputs_are_named(contents: Mapping[str, str], plan: Plan) -> None:
-    returned = contents["7-cleaned.py"].split("return (")[1]
+    returned = contents["8-cleaned.py"].split("return (")[1]
     assert "  # loss\n" in returned and "  # 1/R_\n" in returned
     for name in plan.capture.gradients:
         assert re.search(rf"  # (update|gradient) of {re.escape(name)}\n", returned)
@@ -198,7 +215,7 @@ def test_the_last_program_is_what_the_step_runs(contents: Mapping[str, str], tar
         values |= {f"s_{clean}_{name}": tensor for name, tensor in tensors.items()}
     values["weights"] = torch.zeros(len(step.plan.matched))
     values["learning_rates"] = torch.full((len(step.plan.matched),), 0.1)
-    text = contents["7-cleaned.py"]
+    text = contents["8-cleaned.py"]
     labels = re.findall(r"^ +\w+,  # (.+)$", text.split("return (")[1], re.MULTILINE)
     found = dict(zip(labels, executed(text, step.plan, values), strict=True))
     for label, tensor in found.items():
@@ -230,7 +247,8 @@ def test_a_pass_that_is_off_has_no_program(target: Target) -> None:
         "3-statistics.py",
         "4-preconditioned.py",
         "5-lengths.py",
-        "6-cleaned.py",
+        "6-products.py",
+        "7-cleaned.py",
     ]
     assert "without averages" in statistics_step(plan).texts[-1].text.splitlines()[2]
 

@@ -24,6 +24,7 @@ PIPELINE = (
     "averages",
     "precondition",
     "lengths",
+    "products",
     "cleanup",
 )
 TARGET = f"{Path(__file__).parent / 'golden' / 'tiny_gpt.py'}:build"

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tests.helpers import batch_factors
 from tests.oracles import relative_error
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 CLASSES = 2
 LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss, "bce": nn.BCEWithLogitsLoss}
 SHARINGS = ("expand", "reduce")

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 import kfac_fx
 from tests.oracles import append_one, conv_patches, relative_error
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 SIZES = ((2, 6), (3, 9), (1, 7))
 METHODS: dict[str, tuple[Any, str, bool]] = {
     "kfac, expand": (kfac_fx.KFAC(), "expand", False),

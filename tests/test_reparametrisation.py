@@ -15,6 +15,8 @@ from torch.nn import functional as F
 import kfac_fx
 from tests.oracles import relative_error
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 STEPS, RATE = 3, 0.1
 
 

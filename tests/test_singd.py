@@ -12,6 +12,8 @@ import kfac_fx
 from tests.helpers import batch_factors, gradients
 from tests.oracles import relative_error
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 TOLERANCE = 1e-10
 DAMPING, STEP = 0.02, 0.1
 METHODS = {"singd": kfac_fx.SINGD, "ikfac": kfac_fx.IKFAC}

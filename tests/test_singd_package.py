@@ -21,6 +21,8 @@ from torch import Tensor, nn
 import kfac_fx
 from tests.oracles import relative_error
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from singd.optim.optimizer import SINGD as Published

@@ -12,6 +12,8 @@ import kfac_fx
 from tests.oracles import append_one, relative_error
 from tests.training import twin
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 TOLERANCE = 1e-10
 DAMPING = 0.05
 

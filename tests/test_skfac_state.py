@@ -13,6 +13,8 @@ from tests.oracles import relative_error
 from tests.test_skfac import DAMPING, assert_equal, conv_net, doubles, images, kfac, run, skfac
 from tests.training import differing, run_step, snapshot, twin
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 Batch = tuple[Tensor, Tensor]
 
 

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 import kfac_fx
 from tests.training import differing, snapshot, twin
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 Layers = dict[str, dict[str, Tensor]]
 WITH_INVERSES = [name for name in kfac_fx.methods() if name not in ("diagonal", "singd", "ikfac")]
 KFAC = kfac_fx.KFAC(statistics_every=1, inverse_every=4, damping=0.1)

@@ -12,6 +12,8 @@ import kfac_fx
 from kfac_fx.methods import METHODS
 from kfac_fx.report.rows import totals
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 CLASSES, STEPS = 4, 2
 
 
