@@ -36,6 +36,7 @@ class Outputs:
     loss: detached, 0-dim. weight: 1/R_ of it. gradients: preconditioned if the variant does that. state: new
     state tensors, or the batch's statistics. finite: whether loss and gradients are, 0-dim, if that is not
     known; gradients and state of a program that preconditions are then zero and the old, unless it is True.
+    products, rates: <V, grad> and learning rate of each layer, [layers]; None if the variant has none.
     """
 
     loss: Tensor
@@ -43,6 +44,8 @@ class Outputs:
     gradients: dict[str, Tensor]
     state: dict[Key, Tensor]
     finite: Tensor | None
+    products: Tensor | None
+    rates: Tensor | None
 
 
 @final
@@ -114,19 +117,22 @@ class Compiled:
         arguments = [*tensors, *(self.curvature.tensor(*key) for key in program.state_inputs)]
         if program.has_weight:
             arguments.append(self.curvature.next_weights(self.plan))
-        if program.has_rates:
-            arguments.append(rates(self.plan))
+        of_layers = rates(self.plan) if program.has_rates or program.has_products else None
+        if of_layers is not None and program.has_rates:
+            arguments.append(of_layers)
         first = which not in self.callables
         saved = [(arguments[i], arguments[i].clone()) for i in self.mutated[which]]
         try:
             outputs = self._first(which, program, arguments) if first else self.callables[which](*arguments)
-            loss, weight, check, *rest = outputs
+            returned = program.returned(outputs)
             found = Outputs(
-                loss=loss.detach(),
-                weight=weight,
-                gradients=dict(zip(program.gradients, rest, strict=False)),
-                state=dict(zip(program.state_outputs, rest[len(program.gradients) :], strict=True)),
-                finite=watch.check(loss, check, at_once=self.curvature.empty),
+                loss=returned.loss.detach(),
+                weight=returned.inverse_scale,
+                gradients=returned.gradients,
+                state=returned.state,
+                finite=watch.check(returned.loss, returned.check, at_once=self.curvature.empty),
+                products=returned.products,
+                rates=of_layers,
             )
             return found if found.finite is None else self._guarded(found, found.finite, saved, program)
         except BaseException:
@@ -155,7 +161,9 @@ class Compiled:
                 return found
             old_state = {key: self.curvature.tensor(*key) for key in found.state}
             state = {key: torch.where(finite, new, old_state[key]) for key, new in found.state.items()}
-            return replace(found, gradients=zeros_unless(finite, found.gradients), state=state)
+            products = None if found.products is None else found.products.masked_fill(~finite, 0.0)
+            gradients = zeros_unless(finite, found.gradients)
+            return replace(found, gradients=gradients, state=state, products=products)
 
 
 @final

@@ -24,8 +24,9 @@ class Draft:
 
     gradients: what goes to the optimizer, by parameter. batches: (layer, its statistics, the last node of
     them). batch_state, state: statistics of the batch; new state. raw: gradients that are preconditioned.
-    matrices, directions: canonical, per layer. back: nodes from directions to parameters' shapes. read: state
-    tensors that the finished program reads. collects: whether it has statistics; only_batch: not averaged.
+    matrices, directions: canonical, per layer. back: nodes from directions to parameters' shapes. products:
+    <V, grad> of each layer. read: state tensors that the finished program reads. collects: whether it has
+    statistics; only_batch: not averaged.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Draft:
         self.matrices: list[Node] = []
         self.directions: list[Node] = []
         self.back: tuple[Node, ...] = ()
+        self.products: Node | None = None
         self.read: tuple[Key, ...] = ()
         self._finished = False
 
@@ -82,7 +84,8 @@ class Draft:
         }
         state = self.state_outputs or (self.batch_state if unfinished else {})
         kind = "new " if state is self.state else "batch "
-        return found | {f"{kind}{name} of {key}": node for (key, name), node in state.items()}
+        found |= {f"{kind}{name} of {key}": node for (key, name), node in state.items()}
+        return found if self.products is None else found | {"<V, grad> of each layer": self.products}
 
     def finish(self) -> None:
         """Set the outputs, drop what nobody reads."""
@@ -117,6 +120,7 @@ class Draft:
             for old in node.all_input_nodes:
                 node.replace_input_with(old, scaled.get(old, old))
         self.gradients = {name: scaled.get(node, node) for name, node in self.gradients.items()}
+        self.directions = [scaled.get(node, node) for node in self.directions]
 
     def sizes_of(self, match: LayerMatch, names: Sequence[str]) -> str:
         """The statistics with their sizes, where the state has a tensor of that name."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -191,6 +192,24 @@ def precondition_function(plan: Plan, keys: Sequence[tuple[str, str]]) -> Callab
         return list(from_matrices(plan, directions, gradients).values())
 
     return run
+
+
+def products(directions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """<V, grad> of each layer, at least in float32: [layers], at least one."""
+    found = []
+    for v, gradient in zip(directions, gradients, strict=True):
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        found.append(torch.dot(v.to(dtype).flatten(), gradient.to(dtype).flatten()))
+    return torch.stack(found)
+
+
+def update_products(
+    plan: Plan, directions: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+) -> Tensor | None:
+    """`products` of tensors in the shapes of their parameters; None where the plan asks for none."""
+    if not plan.matched or not runs("products", plan.without):
+        return None
+    return products(*([to_matrix(match, part) for match in plan.matched] for part in (directions, gradients)))
 
 
 def _layer_state(plan: Plan, match: LayerMatch, flat: Mapping[tuple[str, str], Tensor]) -> State:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Generic, Literal, TypeVar, final
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -19,19 +19,33 @@ from kfac_fx.canonical import from_matrices, gradient_names, state_owner
 from kfac_fx.collect import write_averages, write_guard, write_statistics
 from kfac_fx.contracts import Plan
 from kfac_fx.draft import Draft
-from kfac_fx.functions import layer_function, signature
+from kfac_fx.functions import layer_function, products, signature
 from kfac_fx.stages import PassRecord
 from kfac_fx.writer import Key, identifier, of_layer
 
 Variant = Literal["plain", "statistics", "gradients", "batch_statistics"]
 VARIANTS: tuple[Variant, ...] = ("plain", "statistics", "gradients", "batch_statistics")
 WRITES: Mapping[Variant, tuple[str, ...]] = {
-    "plain": ("precondition", "lengths"),
-    "statistics": ("statistics", "averages", "precondition", "lengths"),
+    "plain": ("precondition", "lengths", "products"),
+    "statistics": ("statistics", "averages", "precondition", "lengths", "products"),
     "gradients": (),
     "batch_statistics": ("statistics",),
 }
 OnPass = Callable[[str, PassRecord | None, GraphModule], None]
+T = TypeVar("T")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Returned(Generic[T]):
+    """What a program returns, by what it is: tensors, or their nodes. products: None if it has none."""
+
+    loss: T
+    inverse_scale: T
+    check: T
+    gradients: dict[str, T]
+    state: dict[Key, T]
+    products: T | None
 
 
 @final
@@ -42,7 +56,7 @@ class Program:
     module: placeholders are those of the capture, then `state_inputs` in order, then `weights` ([layers],
     share of the new batch in the moving averages) and `learning_rates` ([layers]) where the variant uses
     them. Outputs: loss, 1/R_, a check (finite if all gradients are), gradients in the order of `gradients`,
-    then new tensors in the order of `state_outputs`.
+    new tensors in the order of `state_outputs`, then <V, grad> of each layer if `has_products`.
     """
 
     variant: Variant
@@ -52,6 +66,21 @@ class Program:
     gradients: tuple[str, ...]
     has_weight: bool
     has_rates: bool
+    has_products: bool
+
+    def returned(self, outputs: Sequence[T]) -> Returned[T]:
+        """The outputs, in their order, by what they are."""
+        loss, inverse_scale, check, *rest = outputs
+        products = rest.pop() if self.has_products else None
+        first = len(self.gradients)
+        return Returned(
+            loss=loss,
+            inverse_scale=inverse_scale,
+            check=check,
+            gradients=dict(zip(self.gradients, rest[:first], strict=True)),
+            state=dict(zip(self.state_outputs, rest[first:], strict=True)),
+            products=products,
+        )
 
 
 def instrument(
@@ -99,6 +128,7 @@ def instrument(
         gradients=tuple(draft.gradients),
         has_weight=draft.weight is not None,
         has_rates=draft.rates is not None,
+        has_products=draft.products is not None,
     )
 
 
@@ -184,9 +214,24 @@ def _write_lengths(draft: Draft, layers: Collection[str]) -> str:
         names={match.key: of_layer(match, "scaled") for match in plan.matched},
         key=_key("rescale", plan),
     )
-    draft.rescaled(dict(zip(draft.directions, scaled.values(), strict=True)))
     changed = sum(a is not b for a, b in zip(draft.directions, scaled.values(), strict=True))
+    draft.rescaled(dict(zip(draft.directions, scaled.values(), strict=True)))
     return f"{changed} of {len(scaled)} directions by {plan.method.name}"
+
+
+def _write_products(draft: Draft, layers: Collection[str]) -> str:
+    """What the directions, as they go to the optimizer, have in common with the gradients."""
+    if not draft.directions:
+        return "no layers"
+    num = len(draft.directions)
+    draft.products = draft.writer.splice(
+        lambda *tensors: {"products": products(tensors[:num], tensors[num:])},
+        [*draft.directions, *draft.matrices],
+        label="<V, grad> of each layer",
+        names={"products": "products"},
+        key=("products",),
+    )["products"]
+    return f"<V, grad> of {num} layers"
 
 
 def _clean(draft: Draft, layers: Collection[str]) -> str:
@@ -203,5 +248,6 @@ _WRITING: Mapping[str, _Writing] = {
     "averages": write_averages,
     "precondition": _write_precondition,
     "lengths": _write_lengths,
+    "products": _write_products,
     "cleanup": _clean,
 }

@@ -31,6 +31,7 @@ PASSES = {
     "averages": "moving averages of the factors",
     "precondition": "each layer's gradient becomes a direction",
     "lengths": "the length of the update is bounded or restored (KL clip, norms)",
+    "products": "<V, grad> of each layer, for the KL of step.report()",
     "cleanup": "dead code and unread state go; views may copy",
     "lower": "graph to callable; off: eager",
     "forms": "the fastest form of each convolution's A; off: patches",
@@ -47,6 +48,7 @@ SWITCHABLE_PASSES = tuple(name for name in PASSES if name not in _NEEDED)
 _READS = {
     "averages": "statistics",
     "lengths": "precondition",
+    "products": "precondition",
 }  # a pass without anything to work on is off too
 
 _OFF: ContextVar[frozenset[str]] = ContextVar("off", default=frozenset())

@@ -21,6 +21,7 @@ from kfac_fx.captures import Captures
 from kfac_fx.compiled import Compiled, Graphs, Outputs
 from kfac_fx.contracts import Method, Plan
 from kfac_fx.errors import KfacFxError
+from kfac_fx.functions import update_products
 from kfac_fx.instrument import Variant
 from kfac_fx.live import PROGRAM_PHASES, Journal, StepReport, journaled, observe
 from kfac_fx.lower import execution, resolve_backend
@@ -111,6 +112,7 @@ class TrainStep:
             outputs = self._run("statistics", "plain", compiled, batch)
             if outputs.state:
                 self._curvature.replace(compiled.plan, outputs.state)
+            self._journal.measure(compiled.plan, outputs.products, outputs.rates)
             with self._journal.phase("update"):
                 self._link.apply(outputs.gradients)
             self._progress.finished()
@@ -159,10 +161,10 @@ class TrainStep:
         assert pending is not None
         undone = self._progress.rolled_back_on_error(self._captures.changing_buffers)
         with undone, execution(), host.reading(quadratic is not None):
-            rates, refreshes = self._link.learning_rates, self._progress.refresh_due
+            plan, rates = pending.plan, self._link.learning_rates
             plain, gradients = self._progress.directions(point, rates=rates, phase=self._journal.phase)
-            if refreshes and quadratic is None:
-                self._journal.measure(pending.plan, plain, gradients, rates(pending.plan))
+            if quadratic is None:
+                self._journal.measure(plan, update_products(plan, gradients, plain), rates(plan))
             with self._journal.phase("update"):
                 self._link.apply(gradients)
             self._progress.finished()

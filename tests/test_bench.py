@@ -1,6 +1,7 @@
 """`kfac_fx.bench`: what is run as which kind of step, and the figures that follow from the times."""
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -268,3 +269,15 @@ def test_what_a_step_frees_of_before_is_no_warning_and_does_not_count(
 
     assert peak_bytes(step, CPU) == 4000
     assert "Memory block" not in capfd.readouterr().err
+
+
+def test_what_the_user_froze_stays_out_of_garbage_collections() -> None:
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        in_turns({"nothing": lambda turn: None}, 2, torch.device("cpu"))
+        assert gc.get_freeze_count() == frozen > 0
+    finally:
+        gc.unfreeze()
+    in_turns({"nothing": lambda turn: None}, 2, torch.device("cpu"))
+    assert gc.get_freeze_count() == 0

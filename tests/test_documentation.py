@@ -2,13 +2,15 @@
 
 import functools
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from kfac_fx import Reason, methods
-from pagetools import commands
+from pagetools import small
 from pagetools.blocks import PageError, blocks_of
+from pagetools.commands import can_fork, commands_of, forked, run_program
 from pagetools.formulas import with_mathml
 from pagetools.offline import loaded_from_elsewhere
 from pagetools.pages import rendered
@@ -18,14 +20,6 @@ DOCS = ROOT / "docs"
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *DOCS.rglob("*.md")]
 )
-
-# Blocks whose commands are compared with the real options and not run; each says why on its page.
-PARSED_ONLY = {
-    "CONTRIBUTING.md": 1,
-    "README.md": 3,
-    "examples/README.md": 2,
-    "docs/tutorial.md": 1,
-}
 
 
 def name_of(page: Path) -> str:
@@ -59,12 +53,6 @@ def test_a_command_of_tex_that_is_not_known_is_an_error() -> None:
         with_mathml('<span class="arithmatex">\\(\\nosuchcommand x\\)</span>')
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_blocks_that_are_not_run_are_listed_here(page: Path) -> None:
-    blocks = blocks_of(page.read_text(), page=page.name)
-    assert sum(block.parsed_only is not None for block in blocks) == PARSED_ONLY.get(name_of(page), 0)
-
-
 def test_every_reason_has_a_section_whose_example_triggers_it() -> None:
     sections = re.split(r"^## ", page_text(DOCS / "reasons.md"), flags=re.MULTILINE)[1:]
     codes = [section.split("\n", 1)[0].strip() for section in sections]
@@ -93,11 +81,12 @@ def test_a_page_shows_what_its_blocks_print() -> None:
         ("```\nprint(1)\n```\n", "needs a language"),
         ("```python\nprint(1)\n", "no end"),
         ("```python\nnothing_like_this\n```\n", "NameError"),
-        ("<!-- parsed only: slow -->\n```python\nprint(1)\n```\n", "always run"),
+        ("<!-- run small: slow -->\n```python\nprint(1)\n```\n", "run as they are"),
         ("<!-- no-such-marker -->\n```python\nprint(1)\n```\n", "no marker"),
         ("<!-- fails -->\n```python\nprint(1)\n```\n", "raised nothing"),
         ("```console\n$ kfac-fx inspect no_such_file.py\n```\n", "ended with 1"),
-        ("```console\n$ rm file\n```\n", "is not run"),
+        ("<!-- run small: -->\n```console\n$ kfac-fx methods\n```\n", "no marker"),
+        ("```console\n$ rm file\n```\n", "no rule runs"),
         ("```python\nprint(1)\n```\n\n```text\n2\n```\n", "prints another text"),
         ("```json\n{'a': 1}\n```\n", "property name"),
         ("<!-- excerpt: out/no_such.py /a/ -->\n", "nothing wrote"),
@@ -111,27 +100,62 @@ def test_a_broken_block_is_an_error_with_its_place(block: str, message: str) -> 
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "message"),
     [
-        "kfac-fx inspect TARGET --no-such-option",
-        "kfac-fx inspekt TARGET",
-        "kfac-fx inspect",
-        "kfac-fx transform TARGET --method kfac --folder DIR",
-        "make no-such-target",
-        "python examples/no_such_file.py",
-        "python examples/digits_conv.py --no-such-option",
-        'pip install ".[no_such_extra]"',
-        "no-such-program",
+        ("kfac-fx inspect TARGET --no-such-option", "No such option"),
+        ("kfac-fx inspekt TARGET", "No such command"),
+        ("kfac-fx inspect", "Missing argument"),
+        ("kfac-fx transform TARGET --method kfac --folder DIR", "No such option"),
+        ("kfac-fx bench examples/no_such_file.py", "there is no examples/no_such_file.py"),
+        ("make no-such-target", "No rule to make target"),
+        ("make clean", "does not say what `make clean`"),
+        ("python examples/no_such_file.py", "there is no examples/no_such_file.py"),
+        ("python examples/digits_conv.py --no-such-option", "unrecognized arguments: --no-such-option"),
+        ("python tests/benchmarks/step_time.py --no-such-option", "no option --no-such-option"),
+        ('pip install ".[no_such_extra]"', "no extra 'no_such_extra'"),
+        ("git push", "no rule runs"),
+        ("no-such-program", "no rule runs"),
     ],
 )
-def test_a_command_that_does_not_exist_is_refused_without_running_it(command: str) -> None:
-    with pytest.raises(PageError, match=r"^page\.md:2: "):
-        run(f"<!-- parsed only: slow -->\n```console\n$ {command}\n```\n")
+def test_a_command_that_cannot_be_run_is_an_error_when_it_is_run_small(command: str, message: str) -> None:
+    with pytest.raises(PageError, match=r"^page\.md:2: ") as error:
+        run(f"<!-- run small: slow -->\n```console\n$ {command}\n```\n")
+    assert message in str(error.value)
 
 
-def test_commands_of_a_synopsis_are_compared_with_the_real_options() -> None:
-    for command in ("kfac-fx inspect TARGET [--method kfac] [--json]", "kfac-fx bench TARGET --steps 5"):
-        commands.check(command, "page.md:1")
+def test_what_is_run_small_is_what_the_pages_show() -> None:
+    """An entry of the lists that no page needs is left over."""
+    blocks = [block for page in PAGES for block in blocks_of(page.read_text(), page=page.name)]
+    shown = [command for block in blocks if block.small for command in commands_of(block)]
+    assert {start for start in small.SMALLER if any(re.match(start, command) for command in shown)} == {
+        *small.SMALLER
+    }
+    words = {word for command in shown for word in command.split()}
+    assert {*small.STAND_INS, *small.MAKES} <= words
+
+
+def test_every_option_that_makes_a_command_short_is_last() -> None:
+    """The last of a repeated option counts, so the page's own values are replaced."""
+    assert small.options_for("python examples/digits_conv.py") == ["--epochs", "1"]
+    assert small.options_for("python examples/digits_conv.py --epochs 5 --seed 1") == ["--epochs", "0"]
+    assert small.options_for("kfac-fx bench TARGET --period --peers")[:2] == ["--method", "kfac"]
+    assert small.options_for("kfac-fx benchmark TARGET") == []
+
+
+@pytest.mark.skipif(not can_fork(), reason="no fork here: `python FILE` is a process of its own anyhow")
+def test_a_file_in_a_fork_does_what_it_does_in_a_new_process(tmp_path: Path) -> None:
+    """Arguments, folder, path, modules beside it, messages and exit codes."""
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "textwrap.py").write_text("WORD = 'that beside the file'\n")
+    (tmp_path / "room" / "main.py").write_text(
+        "import os, sys, textwrap\n"
+        "print(__name__, sys.argv, os.getcwd(), sys.path[0], textwrap.WORD, flush=True)\n"
+        "os.system('echo of a program')\n"
+        "sys.exit({'text': 'a message', 'raise': 3}.get(sys.argv[1], 0))\n"
+    )
+    for word in ("fine", "text", "raise"):
+        words = ["room/main.py", word]
+        assert forked(words, tmp_path) == run_program([sys.executable, *words], tmp_path)
 
 
 def test_a_shown_text_may_leave_lines_out() -> None:

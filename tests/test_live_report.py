@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfac_fx
+from kfac_fx import host
 from kfac_fx.errors import KfacFxError, UnknownNameError
 from kfac_fx.live import StepReport
 from kfac_fx.live.health import effective_rank
@@ -215,10 +216,129 @@ def test_kl_is_the_product_of_the_update_with_the_gradient(bound: float) -> None
     assert kl.value <= bound * 1.001
 
 
+def plain_gradients(model: nn.Module, *given: Batch) -> list[Tensor]:
+    """Autograd's, of the mean over batches of one size, for a copy of the model."""
+    twin = copy.deepcopy(model)
+    loss = sum(F.cross_entropy(twin(x), y) for x, y in given) / len(given)
+    return list(torch.autograd.grad(loss, list(twin.parameters())))
+
+
+def kl_of(change: list[Tensor], gradients: list[Tensor], names: list[str]) -> float:
+    """Sum of <-change, lr grad> with the rates of `of_two_rates`; its middle layer has no preconditioner."""
+    return -sum(
+        (0.02 if "head" in name else 0.1) * float((c * g).sum())
+        for name, c, g in zip(names, change, gradients, strict=True)
+        if "blocks.1" not in name
+    )
+
+
+def of_two_rates(name: str, **options: Any) -> kfac_fx.TrainStep:
+    """Plain SGD in float64 with schedules on which steps 2, 3, 5 and 6 have no new inverses."""
+    model = Blocks().double()
+    groups = [{"params": model.blocks.parameters()}, {"params": model.head.parameters(), "lr": 0.02}]
+    schedule = {"statistics_every": 2} | ({"inverse_every": 3} if METHODS[name].inverse_every else {})
+    settings = {"method": method_of(name, **schedule), "exclude": ("blocks.1.*",)} | options
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    return kfac_fx.compile(model, F.cross_entropy, optimizer=optimizer, backend="eager", **settings)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_step_of_every_method_has_a_kl(name: str) -> None:
+    """The change of the parameters is -lr V; autograd gives the gradient: lr^2 <V, grad> for each layer.
+
+    The last update is of two accumulated batches. A clip that is active gives its bound.
+    """
+    step = of_two_rates(name)
+    names, data = [n for n, _ in step.model.named_parameters()], batches(6)
+    for number, (x, y) in enumerate(data[:5], start=1):
+        given = [(x.double(), y)] if number < 5 else [(x.double(), y), (data[5][0].double(), data[5][1])]
+        gradients = plain_gradients(step.model, *given)
+        before = [p.detach().clone() for p in step.model.parameters()]
+        if number < 5:
+            step(*given[0])
+        else:
+            for batch in given:
+                step.accumulate(*batch)
+            step.update()
+        change = [p.detach() - old for p, old in zip(step.model.parameters(), before, strict=True)]
+        report, moved = step.report(), kl_of(change, gradients, names)
+        assert report.kl is not None and report.kl.step == number and report.kl_note == ""
+        clip, bound = report.kl.clip, step.method.kl_clip  # type: ignore[attr-defined]
+        assert moved > 0 and (clip is None) == (bound is None) and "at step" not in str(report)
+        assert report.kl.value == pytest.approx((clip or 1.0) * moved, rel=1e-9)
+        if clip is not None and clip < 1:  # nu^2 T is the bound, where nu T is what the parameters show
+            assert report.kl.value == pytest.approx(bound, rel=1e-9)
+
+
+def test_the_kl_of_staggered_steps_is_that_of_the_change() -> None:
+    schedule = kfac_fx.KFAC(statistics_every=1, inverse_every=3, kl_clip=None)
+    step = of_two_rates("kfac", method=schedule, refresh="staggered")
+    names = [n for n, _ in step.model.named_parameters()]
+    for x, y in batches(4):
+        gradients = plain_gradients(step.model, (x.double(), y))
+        before = [p.detach().clone() for p in step.model.parameters()]
+        step(x.double(), y)
+        change = [p.detach() - old for p, old in zip(step.model.parameters(), before, strict=True)]
+        assert step.report().kl.value == pytest.approx(kl_of(change, gradients, names), rel=1e-9)
+
+
+@pytest.mark.parametrize("off", ["precondition", "products", "lengths"])
+def test_kl_without_a_pass(off: str) -> None:
+    """Without products the weights are the same bits; without lengths there is no clip to report."""
+    data, steps = batches(3), []
+    for names in ([], [off]):
+        torch.manual_seed(1)
+        with kfac_fx.without_passes(*names):
+            step, _ = trained(kfac_fx.KFAC(kl_clip=1e-7, inverse_every=5), 0)
+        for batch in data:
+            step(*batch)
+        steps.append(step)
+    whole, without = (step.report() for step in steps)
+    weights = [torch.cat([p.flatten() for p in step.model.parameters()]) for step in steps]
+    assert torch.equal(*weights) == (off == "products")
+    assert whole.kl.clip < 1 and whole.kl.value == pytest.approx(1e-7)
+    if off == "lengths":
+        assert without.kl.clip is None and without.kl.value > 1e-6
+    else:
+        assert without.kl is None and without.kl_note == f"the pass {off!r} is off"
+        assert "kl/value" not in without.scalars() and f"not known: the pass '{off}' is off" in str(without)
+
+
 def test_where_kl_is_not_known_the_report_says_why() -> None:
-    assert "does not return the gradient" in trained("diagonal", 2)[0].report().kl_note
     step, _ = trained(kfac_fx.KFAC(quadratic_model=True), 2, optimizer=None)
     assert step.report().kl is None and "quadratic model" in str(step.report())
+    step, _ = trained("kfac", 2, exclude=("*",))
+    assert step.report().kl is None and step.report().kl_note == "no layer is preconditioned"
+    assert "next step" in trained("kfac", 0)[0].report().kl_note
+
+
+def test_the_text_says_of_which_step_an_older_kl_is(shared: Any) -> None:
+    report = shared[0].report()
+    assert "   at step" not in str(report)
+    assert "   at step 4, the last" in str(replace(report, kl=replace(report.kl, step=4)))
+
+
+def test_an_update_that_fails_leaves_the_kl_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, _ = trained("kfac", 2)
+    before = step.report().kl
+
+    def refuse() -> None:
+        raise RuntimeError("no update")
+
+    monkeypatch.setattr(step.optimizer, "step", refuse)
+    with pytest.raises(RuntimeError, match="no update"):
+        step(*batches(1)[0])
+    assert step.report().kl == before and before.step == 2
+
+
+def test_a_batch_that_is_not_finite_and_reported_later_has_no_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients count as zero, as on CUDA."""
+    monkeypatch.setattr(host, "waits", lambda device: True)
+    step, _ = trained(kfac_fx.KFAC(inverse_every=4), 2)
+    assert step.report().kl.value > 0
+    x, y = batches(1)[0]
+    step(x * math.nan, y)
+    assert (step.report().kl.step, step.report().kl.value) == (3, 0.0)
 
 
 def run_on(step: kfac_fx.TrainStep, *, reports: bool) -> tuple[Any, ...]:

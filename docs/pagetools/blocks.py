@@ -3,7 +3,7 @@
 Enters: the text of a page. Leaves: `Block`s in order. Runs nothing.
 
 A marker is an HTML comment on the line above a fence; `;` separates several. Known markers:
-  parsed only: REASON   console blocks: every command is checked against the real options, not run
+  run small: REASON     console blocks: every command is run with smaller values (`small`), shows no output
   no output             the block runs, its output is not shown
   layout                a text block that shows a form, not the output of the block above it
   fails                 a command ends with another exit code than 0, or Python code raises `KfacFxError`
@@ -49,12 +49,9 @@ class Block:
         return f"{self.page}:{self.line}"
 
     @property
-    def parsed_only(self) -> str | None:
-        """Why the block is not run; None if it is."""
-        reasons = [
-            m.removeprefix("parsed only:").strip() for m in self.markers if m.startswith("parsed only:")
-        ]
-        return reasons[0] if reasons else None
+    def small(self) -> bool:
+        """Whether its commands are run with smaller values than those shown."""
+        return any(marker.startswith("run small:") for marker in self.markers)
 
     @property
     def fails(self) -> bool:
@@ -105,8 +102,8 @@ def _markers(lines: list[str], fence: int, page: str) -> tuple[str, ...]:
     found = _MARKER.match(lines[fence - 1]) if fence else None
     markers = tuple(part.strip() for part in found["marker"].split(";")) if found else ()
     for marker in markers:
-        if marker not in MARKERS and not re.match(r"parsed only: *\S", marker):
+        if marker not in MARKERS and not re.match(r"run small: *\S", marker):
             raise PageError(
-                f"{page}:{fence}: no marker {marker!r}; known: {', '.join(MARKERS)}, parsed only: WHY."
+                f"{page}:{fence}: no marker {marker!r}; known: {', '.join(MARKERS)}, run small: WHY."
             )
     return markers

@@ -1,26 +1,35 @@
-"""Commands of console blocks: which program they call, whether their options exist, what they print.
+"""Commands of console blocks: which there are in a block, and what each prints when it is run.
 
-Enters: one command line. Leaves: its output, or a `PageError` that says what does not exist.
+Enters: one command line and the folder to run it in. Leaves: its output, or a `PageError`.
+
+Importing torch takes seconds, so `kfac-fx` runs in this process, and `python FILE` in a fork of it: a process
+of its own that has torch already, and that reads every module which lies beside the file anew.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
-import re
+import runpy
 import shlex
 import subprocess
 import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import typer.main
+import torch
 from typer.testing import CliRunner
 
 from kfac_fx_cli.main import app
 from pagetools.blocks import Block, PageError
 
 ROOT = Path(__file__).parents[2]
-_WORDS = re.compile(r"[A-Z]{3,}|<[^>]+>")  # placeholders of a synopsis: TARGET, DIR
+TIMEOUT = 120  # seconds
+_TERMINAL = {"COLUMNS": "110", "NO_COLOR": "1"}
+_FILES = ("cat", "head", "ls", "diff")
 
 
 def commands_of(block: Block) -> tuple[str, ...]:
@@ -31,51 +40,46 @@ def commands_of(block: Block) -> tuple[str, ...]:
     return tuple(prompted or lines)
 
 
-def check(command: str, place: str) -> None:
-    """Whether the program and every option of the command exist; nothing is run."""
-    for part in re.split(r" && | \| ", command):
-        words = shlex.split(re.sub(r"[\[\]]", "", part))
-        while words and re.fullmatch(r"\w+=\S*", words[0]):
-            words = words[1:]
-        known = {
-            "kfac-fx": _check_ours,
-            "make": _check_make,
-            "python": _check_script,
-            "pip": _check_pip,
-            ".ci/run": _check_file,
-            "git": _nothing,
-            "cd": _nothing,
-        }
-        name = Path(words[0]).name if "bin/" in words[0] else words[0]
-        if name in ("mkdocs", "pytest", "pre-commit", "tensorboard"):
-            continue
-        if name not in known:
-            raise PageError(f"{place}: no rule checks the program {name!r}.")
-        known[name](words[1:], f"{place}: {command}")
-
-
 def run(command: str, folder: Path, place: str, *, fails: bool = False) -> str:
-    """What the command prints, run in `folder`; `kfac-fx` in this process, `python` in its own."""
+    """What the command prints, run in `folder`. Raises `PageError` if it ends as it should not."""
     words = shlex.split(command)
     if words[0] == "kfac-fx":
         text, code = _run_ours(words[1:], folder)
     elif words[0] == "python":
-        text, code = _run_python(words[1:], folder)
-    elif words[0] in ("cat", "head", "ls", "diff"):
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60)
-        text, code = done.stdout + done.stderr, 0 if words[0] == "diff" else done.returncode
+        text, code = (
+            forked(words[1:], folder) if can_fork() else run_program([sys.executable, *words[1:]], folder)
+        )
+    elif words[0] in _FILES:
+        text, code = run_program(words, folder)
+        code = 0 if words[0] == "diff" else code
     else:
-        raise PageError(f"{place}: {words[0]!r} is not run; mark the block `parsed only: REASON`.")
+        raise PageError(
+            f"{place}: no rule runs the program {words[0]!r}; pagetools/small.py has more of them."
+        )
     if (code != 0) is not fails:
         raise PageError(f"{place}: `{command}` ended with {code}:\n{text}")
     return text.replace(f"{folder}/", "").replace(str(folder), ".")
 
 
+def run_program(
+    words: list[str], folder: Path, environment: Mapping[str, str] | None = None
+) -> tuple[str, int]:
+    """Output of a program in a process of its own, with its messages if it fails, and its exit code."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **_TERMINAL, **(environment or {})}
+    try:
+        done = subprocess.run(
+            words, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, env=variables
+        )
+    except FileNotFoundError as error:
+        return f"there is no {words[0]}: {error}\n", 127
+    return done.stdout + (done.stderr if done.returncode else ""), done.returncode
+
+
 def _run_ours(words: list[str], folder: Path) -> tuple[str, int]:
-    before, width = Path.cwd(), {"COLUMNS": "110", "NO_COLOR": "1"}
+    before = Path.cwd()
     os.chdir(folder)
     try:
-        result = CliRunner(env=width).invoke(app, words)
+        result = CliRunner(env=_TERMINAL).invoke(app, words)
     finally:
         os.chdir(before)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -83,77 +87,48 @@ def _run_ours(words: list[str], folder: Path) -> tuple[str, int]:
     return result.output, result.exit_code
 
 
-def _run_python(words: list[str], folder: Path) -> tuple[str, int]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "110"}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=120, env=environment
-    )
-    return done.stdout + (done.stderr if done.returncode else ""), done.returncode
+def can_fork() -> bool:
+    """Whether a copy of this process works: not on macOS, and not once CUDA has been used."""
+    return sys.platform == "linux" and not torch.cuda.is_initialized()
 
 
-def _check_ours(words: list[str], place: str) -> None:
-    group: Any = typer.main.get_command(app)
-    if words and words[0] == "--help":
-        return
-    if not words or words[0] not in group.commands:
-        raise PageError(f"{place}: kfac-fx has no command {words[:1]}; it has {sorted(group.commands)}.")
-    options = {name: param for param in group.commands[words[0]].params for name in param.opts}
-    needed = sum(param.required and not param.opts[0].startswith("-") for param in options.values())
-    given, rest = 0, list(words[1:])
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("-"):
-            given += 1
-            continue
-        name, _, value = word.partition("=")
-        if name not in options:
-            raise PageError(f"{place}: kfac-fx {words[0]} has no option {name}.")
-        if not options[name].is_flag and not value and rest:
-            rest.pop(0)
-    if given < needed:
-        raise PageError(f"{place}: kfac-fx {words[0]} needs {needed} arguments.")
+def forked(words: list[str], folder: Path) -> tuple[str, int]:
+    """What `python WORDS` prints, and its exit code, as `run_program` has them."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, _may_fork():
+        files = (out.fileno(), err.fileno())
+        process = multiprocessing.get_context("fork").Process(target=_as_main, args=(words, folder, files))
+        process.start()
+        process.join(TIMEOUT)
+        code = process.exitcode
+        if code is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(words, TIMEOUT)
+        out.seek(0)
+        err.seek(0)
+        return out.read() + (err.read() if code else ""), code
 
 
-def _check_make(words: list[str], place: str) -> None:
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for word in words:
-        if "=" not in word and word not in targets:
-            raise PageError(f"{place}: the Makefile has no target {word!r}.")
+@contextlib.contextmanager
+def _may_fork() -> Iterator[None]:
+    """Without Python's warning that other threads are not copied: none of ours hold a lock."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)
+        yield
 
 
-def _check_script(words: list[str], place: str) -> None:
-    if words[:1] == ["-m"]:
-        return
-    path = ROOT / words[0]
-    if not path.is_file():
-        if words[0].startswith(("build/", "DIR/")):
-            return
-        raise PageError(f"{place}: {words[0]} does not exist.")
-    texts = [path.read_text(), *(file.read_text() for file in path.parent.glob("*.py"))]
-    for option in words[1:]:
-        if option.startswith("--") and option != "--help" and not any(f'"{option}"' in t for t in texts):
-            raise PageError(f"{place}: {words[0]} has no option {option}.")
-
-
-def _check_pip(words: list[str], place: str) -> None:
-    section = (
-        (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
-    )
-    extras = re.findall(r"^(\w+) = \[", section, re.MULTILINE)
-    for name in re.findall(r"\.\[([\w,]+)\]", " ".join(words)) + _brackets_lost(words):
-        for extra in name.split(","):
-            if extra not in extras:
-                raise PageError(f"{place}: pyproject.toml has no extra {extra!r}.")
-
-
-def _brackets_lost(words: list[str]) -> list[str]:
-    return [word[1:] for word in words if re.fullmatch(r"\.[\w,]+", word)]
-
-
-def _check_file(words: list[str], place: str) -> None:
-    if not (ROOT / ".ci" / "run").is_file():
-        raise PageError(f"{place}: .ci/run does not exist.")
-
-
-def _nothing(words: list[str], place: str) -> None:
-    """Programs that are not ours."""
+def _as_main(words: list[str], folder: Path, files: tuple[int, int]) -> None:
+    """In the new process: streams, arguments, path and modules as `python FILE` has them; then FILE."""
+    os.dup2(files[0], 1)
+    os.dup2(files[1], 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    os.chdir(folder)
+    os.environ.update(_TERMINAL)
+    torch.set_num_threads(1)
+    beside = Path(words[0]).resolve().parent
+    sys.argv, sys.path = words, [str(beside), *(place for place in sys.path if place != str(folder))]
+    for name in list(sys.modules):
+        first = name.partition(".")[0]
+        if (beside / f"{first}.py").is_file() or (beside / first / "__init__.py").is_file():
+            del sys.modules[name]
+    runpy.run_path(words[0], run_name="__main__")

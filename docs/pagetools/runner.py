@@ -7,6 +7,7 @@ output that was typed in: the build shows what the blocks printed.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import linecache
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 from kfac_fx.errors import KfacFxError
-from pagetools import commands
+from pagetools import commands, small
 from pagetools.blocks import Block, PageError, blocks_of
 
 ROOT = commands.ROOT
@@ -45,7 +46,7 @@ class Page:
         linecache.cache[self.name] = (len(self.text), None, lines, self.name)
         sys.modules["page"] = self.module  # where type hints of classes in blocks are looked up
         try:
-            with _inside(self.folder), _same_numbers():
+            with _inside(self.folder), _same_numbers(), _older_objects_left_alone():
                 for block in self.blocks:
                     self._run(block)
         finally:
@@ -75,8 +76,8 @@ class Page:
         path.write_text(block.code)
 
     def _python(self, block: Block) -> str:
-        if block.parsed_only is not None:
-            raise PageError(f"{block.place}: Python blocks are always run.")
+        if block.small:
+            raise PageError(f"{block.place}: Python blocks are run as they are.")
         code = "\n" * block.line + block.code  # lines are those of the page
         out, failed = io.StringIO(), None
         with contextlib.redirect_stdout(out):
@@ -92,9 +93,9 @@ class Page:
 
     def _console(self, block: Block) -> str | None:
         found = commands.commands_of(block)
-        if block.parsed_only is not None:
+        if block.small:
             for command in found:
-                commands.check(command, block.place)
+                small.run(command, self.folder, block.place)
             return None
         printed = [commands.run(c, self.folder, block.place, fails=block.fails) for c in found]
         return "\n".join(text.rstrip("\n") for text in printed) + "\n"
@@ -158,6 +159,19 @@ def _inside(folder: Path) -> Iterator[None]:
             file = vars(sys.modules[name]).get("__file__")
             if file and Path(file).is_relative_to(folder):
                 del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _older_objects_left_alone() -> Iterator[None]:
+    """Collections of garbage do not walk over what torch and earlier tests keep; also not those of forks."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

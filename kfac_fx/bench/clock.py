@@ -54,7 +54,13 @@ def _wait(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
-    """What exists now is left out of Python's garbage collections, which would else count as a slow step."""
+    """What exists now is left out of Python's garbage collections, which would else count as a slow step.
+
+    Where the user has done so, or we around this, it stays as it is.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:

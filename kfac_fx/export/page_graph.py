@@ -45,13 +45,11 @@ class Surveyor:
         captured = list(plan.capture.graph.graph.nodes)
         behind = captured[captured.index(plan.capture.loss) + 1 :]
         self._backward = {node.name for node in (*plan.capture.backward, *behind)}
-        outputs = _returned(program.module.graph.output_node())
-        first = 3 + len(program.gradients)
-        self._new_state = dict(zip(program.state_outputs, outputs[first:], strict=True))
+        returned = program.returned(_returned(program.module.graph.output_node()))
+        self._new_state, self._directions = returned.state, returned.gradients
         first_state = len(plan.capture.graph.graph.find_nodes(op="placeholder"))
         placeholders = program.module.graph.find_nodes(op="placeholder")
         self._states = frozenset(placeholders[first_state : first_state + len(program.state_inputs)])
-        self._directions = dict(zip(program.gradients, outputs[3:first], strict=True))
         self._preconditions = self._splices()
 
     def around(self, match: LayerMatch) -> Neighbourhood:

@@ -26,6 +26,7 @@ FILES = {
     "averages": "averages",
     "precondition": "preconditioned",
     "lengths": "lengths",
+    "products": "products",
     "cleanup": "cleaned",
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, final
@@ -17,10 +17,10 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, final
 import torch
 from torch import Tensor
 
-from kfac_fx.canonical import to_matrix
 from kfac_fx.captures import Captures
 from kfac_fx.contracts import Plan
 from kfac_fx.progress import Progress
+from kfac_fx.stages import runs
 
 KEPT = 100  # losses, and steps of each kind
 
@@ -39,10 +39,20 @@ R = TypeVar("R")
 @final
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """lr^2 <V, grad> of the preconditioned gradients V of one step, 0-dim. step: its number, from 1."""
+    """Of the preconditioned gradients V of one step.
 
-    value: Tensor
+    products, rates: <V, grad> and learning rate of each layer, [layers], where the step left them. bounded:
+    whether the method bounded or restored the length of V. step: its number, from 1.
+    """
+
+    products: Tensor
+    rates: Tensor
+    bounded: bool
     step: int
+
+    def value(self) -> float:
+        """lr^2 <V, grad> over all layers; waits for the device."""
+        return float((self.products * self.rates.to(self.products) ** 2).sum())
 
 
 @final
@@ -51,7 +61,7 @@ class Journal:
 
     losses: the last ones that were returned. counts: how many steps of each kind. spans: of the last ones of
     each kind, pairs of marks of each of its calls. phases: marks of the last times of each phase. length: of
-    the last update with new inverses. refreshed: step of each layer's last refresh.
+    the last update with preconditioned gradients. refreshed: step of each layer's last refresh.
     """
 
     def __init__(self, progress: Progress, captures: Captures, *, device: torch.device) -> None:
@@ -97,17 +107,12 @@ class Journal:
         if self._captures.num_compiled == programs:
             self.phases.setdefault(name, deque(maxlen=KEPT)).append((start, self._mark()))
 
-    def measure(
-        self, plan: Plan, gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor], rates: Tensor
-    ) -> None:
-        """Note lr^2 <V, grad> over the preconditioned layers. rates: learning rates, [layers]."""
-        if not plan.matched:
+    def measure(self, plan: Plan, products: Tensor | None, rates: Tensor | None) -> None:
+        """Note <V, grad> and learning rate of each layer of this step, [layers]; None: there are none."""
+        if products is None or rates is None:
             return
-        products = [
-            (to_matrix(match, directions) * to_matrix(match, gradients)).sum() for match in plan.matched
-        ]
-        value = (torch.stack(products) * rates.to(products[0]) ** 2).sum()
-        self.length = Length(value=value, step=self._progress.steps + 1)
+        bounded, step = runs("lengths", plan.without), self._progress.steps + 1
+        self.length = Length(products=products, rates=rates, bounded=bounded, step=step)
 
     def _close(self) -> None:
         """An update was made: which kind of step it was, and how long it took."""

@@ -24,6 +24,7 @@ from kfac_fx.live.views import View, views
 from kfac_fx.methods.base import KroneckerFactored
 from kfac_fx.progress import Progress
 from kfac_fx.report.rows import forward_order, layer_labels, layer_rows
+from kfac_fx.stages import runs
 from kfac_fx.types import LayerMatch
 
 KINDS = ("plain", "statistics", "refresh", "first run")
@@ -75,7 +76,7 @@ def observe(
     damping, outcomes = Damping.of(method, progress), progress.curvature.outcomes
     found = _layers(method, captures, progress, journal, damping, layers=layers, max_dim=max_dim)
     left_out = [e.name for e in found if any(f.dim > max_dim and f.effective_rank is None for f in e.factors)]
-    kl, kl_note = _kl(method, progress, journal)
+    kl, kl_note = _kl(method, captures, progress, journal)
     return StepReport(
         method=method.name,
         steps=progress.steps,
@@ -172,18 +173,25 @@ def _bytes(curvature: Curvature, matches: Mapping[str, LayerMatch], counted: set
     return total
 
 
-def _kl(method: Method, progress: Progress, journal: Journal) -> tuple[KL | None, str]:
-    """Of the last update with new inverses, or why it is not known."""
+def _kl(method: Method, captures: Captures, progress: Progress, journal: Journal) -> tuple[KL | None, str]:
+    """Of the last update, or why it is not known."""
     if progress.quadratic is not None:
         return None, "the quadratic model sets the length of the update"
-    if method.inverse_every == 0:
-        return None, f"{method.name} preconditions inside the program, which does not return the gradient"
     if journal.length is None:
-        return None, "known from the next step that refreshes all inverses"
-    length = abs(float(journal.length.value))
+        return None, _why_unknown(captures.plans)
+    length = abs(journal.length.value())
     bound = method.kl_clip if isinstance(method, KroneckerFactored) else None
-    if bound is None:
+    if bound is None or not journal.length.bounded:
         return KL(value=length, clip=None, step=journal.length.step), ""
     # Clipped, lr^2 <V, grad> is nu T with nu^2 T = bound, so nu = bound / (nu T); else it is T itself.
     clip = 1.0 if length <= bound else bound / length
     return KL(value=clip * length, clip=clip, step=journal.length.step), ""
+
+
+def _why_unknown(plans: list[Plan]) -> str:
+    for name in ("precondition", "products"):
+        if any(not runs(name, plan.without) for plan in plans):
+            return f"the pass {name!r} is off"
+    if plans and not any(plan.matched for plan in plans):
+        return "no layer is preconditioned"
+    return "known from the next step"

@@ -58,7 +58,7 @@ class KL:
 
     value: lr^2 <V, grad> of the update V after the clip: what `kl_clip` bounds, and about twice the KL
     divergence that an update by lr V makes. clip: nu, what V was multiplied with; None for methods without.
-    step: number of the step that it is of.
+    step: number of the step that it is of, the last one whose gradients were preconditioned.
     """
 
     value: float
@@ -73,7 +73,7 @@ class StepReport:
 
     steps: updates so far. losses: the last ones returned, oldest first. damping: lambda of the next step, in
     the method's units; None for a method without. gamma, reduction_ratio: as on the step. kl: of the last
-    update with new inverses; None with the reason in `kl_note`. retried, kept_last: of all refreshes. kinds:
+    update; None with the reason in `kl_note`. retried, kept_last: of all refreshes. kinds:
     kinds of steps and their times. phases: parts of steps and their times; those inside one program have one
     time, and `kfac-fx bench` takes them apart. layers: in the order of the forward. left_out: names of layers
     with a factor larger than was asked for. state_bytes: of the curvature, all layers.

@@ -57,9 +57,8 @@ def _kl_line(report: StepReport) -> str:
     if report.kl is None:
         return f"kl       not known: {report.kl_note}"
     clip = "" if report.kl.clip is None else f"   clip {_number(report.kl.clip)}"
-    return (
-        f"kl       {_number(report.kl.value)}{clip}   at step {report.kl.step:,}, the last with new inverses"
-    )
+    at = "" if report.kl.step == report.steps else f"   at step {report.kl.step:,}, the last that has one"
+    return f"kl       {_number(report.kl.value)}{clip}{at}"
 
 
 def _time_lines(report: StepReport) -> list[str]:

@@ -90,6 +90,8 @@ def medians(case: tuple[int, ...], repeats: int) -> tuple[dict[str, float], str]
 def verdict(rows: list[dict[str, Any]]) -> str:
     """Whether the ratios are what they should be."""
     counted = [r for r in rows if r["case"][3:5] == (3, 1) and r["case"][1] >= 32]
+    if not counted:
+        return "no 3x3 convolution with stride 1 and 32 channels or more"
     least = min(counted, key=lambda row: row["ratio"])
     met = sum(row["ratio"] >= AIM for row in counted)
     return (
@@ -98,9 +100,24 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def geometry(text: str) -> tuple[int, ...]:
+    """One of `--geometry`: six whole numbers with commas between."""
+    numbers = tuple(int(part) for part in text.split(","))
+    if len(numbers) != len(GEOMETRIES[0]):
+        raise argparse.ArgumentTypeError(f"{text} is not N,C,size,kernel,stride,padding")
+    return numbers
+
+
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--geometry",
+        type=geometry,
+        action="append",
+        metavar="N,C,SIZE,KERNEL,STRIDE,PADDING",
+        help="repeatable; default: those of the README and more",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=OUTPUT)
@@ -114,7 +131,7 @@ def main() -> None:
         caption="ratio: im2col over the form that a plan has (*)",
     )
     rows = []
-    for case in track(GEOMETRIES, description="geometries", transient=True):
+    for case in track(options.geometry or GEOMETRIES, description="geometries", transient=True):
         measured, chosen = medians(case, options.repeats)
         ratio = measured["im2col"] / measured[chosen]
         rows.append({"case": case, "chosen": chosen, "milliseconds": measured, "ratio": ratio})
