@@ -21,7 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.forms import Form, edge_subsets, patch_chunks, product_chunks
-from kfac_fx.gram import InputMoment, PositionSums, gram, patches, statistics_dtype, upsampled
+from kfac_fx.gram import (
+    InputMoment,
+    InputRows,
+    PositionSums,
+    gram,
+    moment_of_rows,
+    patches,
+    statistics_dtype,
+    upsampled,
+)
 from kfac_fx.graph import constant
 from kfac_fx.lags import lags_by_convolution, lags_by_products, lags_by_transform
 from kfac_fx.layout import Geometry, along, lines_beyond, output_sizes, phase_geometry
@@ -36,6 +45,21 @@ def input_moment(x: Tensor, geometry: Geometry, *, form: Form, ones: bool) -> In
     sums = position_sums(wide.sum(0, keepdim=True), geometry, ones=ones)
     count = x.shape[0] * sums.positions
     return InputMoment(moment=patch_moment(x, geometry, form), total=sums.sums[:, 0], count=count, ones=ones)
+
+
+def masked_moment(x: Tensor, geometry: Geometry, *, form: Form, ones: bool, kept: Tensor) -> InputMoment:
+    """Of the patches that count, in a form by rows. kept: [N, T], 1 for them and 0 for the others."""
+    if form == "pixels":
+        return moment_of_rows(InputRows(rows=_pixels(x, geometry), ones=ones, kept=kept))
+    assert form == "patches", f"no rows to leave out in the form {form!r}"
+    rows, marks = _patch_parts(x, geometry), _mark_parts(kept, geometry)
+    parts = [moment_of_rows(InputRows(rows=r, ones=ones, kept=k)) for r, k in zip(rows, marks, strict=True)]
+    return InputMoment(
+        moment=sum((part.moment for part in parts[1:]), start=parts[0].moment),
+        total=sum((part.total for part in parts[1:]), start=parts[0].total),
+        count=kept.sum().clamp(min=1),
+        ones=ones,
+    )
 
 
 def patch_moment(x: Tensor, geometry: Geometry, form: Form) -> Tensor:
@@ -53,18 +77,35 @@ def _patch_parts(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
     """All patches, in parts of the batch and, where one example's are too many, of its first axis."""
     chunks, examples = patch_chunks(geometry), x.shape[0]
     if chunks <= examples or geometry.transposed:
-        for part in x.chunk(min(chunks, examples)):
+        for part in x.split(max(examples // chunks, 1)):
             yield patches(part, geometry)
         return
     sides = [side for p in reversed(geometry.padding) for side in (p, p)]
     padded, unpadded = F.pad(x, sides), replace(geometry, padding=(0,) * len(geometry.padding))
     stride, reach = geometry.stride[0], geometry.dilation[0] * (geometry.kernel[0] - 1)
-    outputs = output_sizes(replace(geometry, space=tuple(x.shape[2:])))[0]
-    count = -(-outputs // min(outputs, -(-chunks // examples)))
-    for start in range(0, outputs, count):
-        length = (min(count, outputs - start) - 1) * stride + reach + 1
+    for start, count in _lines(geometry, examples):
+        length = (count - 1) * stride + reach + 1
         for example in padded.narrow(2, start * stride, length).split(1):
             yield patches(example, unpadded)
+
+
+def _mark_parts(kept: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+    """What belongs to each of `_patch_parts`, of one mark per example and position: [N, T]."""
+    chunks, examples = patch_chunks(geometry), kept.shape[0]
+    if chunks <= examples or geometry.transposed:
+        yield from kept.split(max(examples // chunks, 1))
+        return
+    by_line = kept.unflatten(1, (output_sizes(geometry)[0], -1))
+    for start, count in _lines(geometry, examples):
+        yield from by_line.narrow(1, start, count).flatten(1).split(1)
+
+
+def _lines(geometry: Geometry, examples: int) -> Iterator[tuple[int, int]]:
+    """Parts of one example's outputs along the first axis: (start, count)."""
+    outputs = output_sizes(geometry)[0]
+    count = -(-outputs // min(outputs, -(-patch_chunks(geometry) // examples)))
+    for start in range(0, outputs, count):
+        yield start, min(count, outputs - start)
 
 
 def _pixels(x: Tensor, geometry: Geometry) -> Tensor:

@@ -238,7 +238,9 @@ def rounds_rows(method: Method) -> bool:
 class Plan:
     """The decision for one captured model: the only thing that report, instrument and lower read.
 
-    without: names of the passes that are switched off. states: what `canonical.initial_state` has found out.
+    model_flops: of forward and training backward. fisher_flops: of the further backward passes whose
+    gradients the statistics read; 0 if the training backward's are read. without: names of the passes that
+    are switched off. states: what `canonical.initial_state` has found out.
     """
 
     capture: Capture
@@ -248,6 +250,7 @@ class Plan:
     fisher: Fisher
     sharing: Sharing
     model_flops: int
+    fisher_flops: int
     render: Callable[[Plan], str] = field(repr=False)
     without: frozenset[str] = frozenset()
     states: dict[str, State] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -84,11 +84,16 @@ def choose(geometry: Geometry, *, examples: int, channels: int, device: str = "c
     channels: of the input, all groups. device: its type, as torch names it.
     """
     if _PATCHES_ONLY.get():
-        form: Form = "patches" if math.prod(geometry.kernel) > 1 or geometry.transposed else "pixels"
-        return _of_rows(form, geometry, max(examples, 1), channels, RATES.get(device, RATES["cpu"]))
+        return by_rows(geometry, examples=examples, channels=channels, device=device)
     found = costs(geometry, examples=max(examples, 1), channels=channels, device=device)
     wanted = _PREFERRED.get().get((geometry, examples, channels, device))
     return min(found, key=lambda cost: (cost.form != wanted, cost.time))
+
+
+def by_rows(geometry: Geometry, *, examples: int, channels: int, device: str = "cpu") -> Cost:
+    """Of patches, or pixels where the kernel is 1: what is left where some rows do not count."""
+    form: Form = "patches" if math.prod(geometry.kernel) > 1 or geometry.transposed else "pixels"
+    return _of_rows(form, geometry, max(examples, 1), channels, RATES.get(device, RATES["cpu"]))
 
 
 @contextmanager

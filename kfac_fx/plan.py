@@ -5,18 +5,23 @@ Which factors are kept, what they cost, what is left to the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
 from kfac_fx.canonical import state_dtype
 from kfac_fx.contracts import Method, Plan
 from kfac_fx.errors import Reason, UnsupportedModelError
+from kfac_fx.forms import by_rows
+from kfac_fx.graph import aten, shape, value
 from kfac_fx.traced import Capture
-from kfac_fx.types import Fisher, LayerMatch, Matches, Sharing, Skip
+from kfac_fx.types import Fisher, LayerMatch, Matches, Sharing, Skip, Use
 
 
 def make_plan(
@@ -39,6 +44,8 @@ def make_plan(
     refused: dict[str, Skip] = {}
     for match in matches.matched:
         laid_out = replace(match, state_rows=rows.get(match.key), sharing=sharing)
+        if capture.loss_info.ignores and sharing == "expand":
+            laid_out = replace(laid_out, uses=tuple(_by_rows(use, match) for use in match.uses))
         why = _refusal(laid_out, method)
         if why is None:
             kept.append(laid_out)
@@ -52,14 +59,25 @@ def make_plan(
         factors=(),
         fisher=fisher,
         sharing=sharing,
-        model_flops=_model_flops(capture),
+        model_flops=_flops(_model_nodes(capture)),
+        fisher_flops=0,
         render=render,
         without=without,
     )
     if plan.rounds_rows:
         _check_rounding(plan)
     specs = [spec for m in matches.matched for spec in method.factors(m, dtype=state_dtype(plan, m))]
-    return replace(plan, factors=tuple(specs))
+    return replace(plan, factors=tuple(specs), fisher_flops=_flops(_fisher_nodes(plan)))
+
+
+def _by_rows(use: Use, match: LayerMatch) -> Use:
+    """A convolution of several positions takes patches if the loss may ignore some: rows can be left out."""
+    if use.geometry is None or use.a is None or math.prod(shape(use.g[0])[2:]) == 1:
+        return use
+    channels, device = match.groups * match.channels, value(use.a).device.type
+    cost = by_rows(use.geometry, examples=match.examples, channels=channels, device=device)
+    chosen = {"form": cost.form, "estimated_ns": round(cost.time), "masked": True}
+    return replace(use, options={**use.options, **chosen})
 
 
 def _check_rounding(plan: Plan) -> None:
@@ -106,22 +124,53 @@ def _skips(capture: Capture, match: LayerMatch, reason: Reason, detail: str) -> 
     ]
 
 
-def _model_flops(capture: Capture) -> int:
-    """Floating point operations of forward and training backward, by torch's own counter."""
+def _model_nodes(capture: Capture) -> set[Node]:
+    """Forward and training backward: what the loss and the training gradients are computed from."""
+    return _sources([capture.loss, *capture.gradients.values()])
+
+
+def _fisher_nodes(plan: Plan) -> set[Node]:
+    """What the statistics need of the backward passes behind the training backward."""
+    read = [
+        g for match in plan.matched if _reads_gradients(plan, match) for use in match.uses for g in use.g[1:]
+    ]
+    return _sources(read) - _model_nodes(plan.capture)
+
+
+def _reads_gradients(plan: Plan, match: LayerMatch) -> bool:
+    """Whether a layer's statistics need gradients: not those of its input alone, if all rows count."""
+    of_input = all(name.startswith("A") for name in plan.method.statistics_names(match)) and not match.tied
+    return not of_input or plan.capture.loss_info.ignores
+
+
+def _sources(ends: Iterable[Node]) -> set[Node]:
+    """The nodes and all that they are computed from."""
+    found, queue = set(ends), list(ends)
+    while queue:
+        for node in queue.pop().all_input_nodes:
+            if node not in found:
+                found.add(node)
+                queue.append(node)
+    return found
+
+
+def _flops(nodes: Collection[Node]) -> int:
+    """Floating point operations by torch's own counter, which takes what groups have for the whole in the
+    gradient of a convolution's weight: each gradient that is read among these nodes has the forward's.
+    """
     total = 0
-    stop = max((n for n in capture.gradients.values()), key=_order(capture).__getitem__, default=None)
-    for node in capture.graph.graph.nodes:
-        packet = getattr(node.target, "overloadpacket", None)
-        if node.op == "call_function" and packet in flop_registry:
-            read = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-            total += int(flop_registry[packet](*read[0], **read[1], out_val=node.meta["val"]))
-        if node is stop:
-            break
+    for node in nodes:
+        packet, times, result = getattr(node.target, "overloadpacket", None), 1, node.meta.get("val")
+        if packet not in flop_registry:
+            continue
+        args: tuple[Any, ...]
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])  # type: ignore[assignment]
+        if packet is aten.convolution_backward:
+            read = {int(user.args[1]) for user in node.users if user in nodes}  # type: ignore[arg-type]
+            times = sum(place in read and bool(args[-1][place]) for place in (0, 1))
+            packet, result, args = aten.convolution, args[0], (*args[1:3], None, *args[4:-1])
+        total += times * int(flop_registry[packet](*args, **kwargs, out_val=result))
     return total
-
-
-def _order(capture: Capture) -> dict[torch.fx.Node, int]:
-    return {node: i for i, node in enumerate(capture.graph.graph.nodes)}
 
 
 def check_strict(plan: Plan) -> None:

@@ -187,12 +187,14 @@ class MatchStatistics:
 
     def _moment(self, values: UseValues) -> gram.InputMoment:
         geometry, kept = values.use.geometry, self._kept(values)
-        if geometry is None or kept is not None:
+        if geometry is None:
             return gram.moment_of_rows(self._input_rows(values))
         assert values.a is not None
-        form = values.use.options["form"]
+        form, ones = values.use.options["form"], values.use.bias
         a = self._precise(values.a)
-        return autocorrelation.input_moment(a, geometry, form=form, ones=values.use.bias)
+        if kept is not None:
+            return autocorrelation.masked_moment(a, geometry, form=form, ones=ones, kept=kept)
+        return autocorrelation.input_moment(a, geometry, form=form, ones=ones)
 
     def _kept(self, values: UseValues) -> Tensor | None:
         """1 for rows with a gradient in some pass of some reader of the input, else 0: [N, T]. None: all."""

@@ -5,13 +5,15 @@ Enters: a match. Leaves: Python numbers. One multiply-add counts 2. methods.md s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from kfac_fx.forms import costs, words
-from kfac_fx.types import FactorSpec, LayerMatch
+from kfac_fx.graph import shape
+from kfac_fx.types import FactorSpec, LayerMatch, Use
 
 
 def factor_shapes(match: LayerMatch) -> dict[str, tuple[int, ...]]:
@@ -78,35 +80,66 @@ def statistics_form(match: LayerMatch, side: str) -> str:
         return "counts"
     geometry = match.uses[0].geometry
     if side == "A" and geometry is not None:
-        return "box sums" if match.sharing == "reduce" else words(match.uses[0].options["form"], geometry)
+        options = match.uses[0].options
+        why = "the loss may ignore positions: " if options.get("masked", False) else ""
+        return "box sums" if match.sharing == "reduce" else why + words(options["form"], geometry)
     return "rows^T rows"
 
 
 def moment_flops(match: LayerMatch, side: str) -> int:
-    """FLOPs of one batch's second moment; of a convolution's input in the form that was chosen."""
+    """FLOPs of one batch's second moment; of a convolution's input in the form that was chosen.
+
+    With the bias column, whose products are sums. methods.md 1.3, 16.6.
+    """
+    if match.sharing == "reduce" and match.structure == "kronecker":
+        return _reduced_flops(match, side)
     if side != "A" or match.uses[0].geometry is None:
         return row_flops(match, side)
-    if match.sharing == "reduce":
-        return match.examples * match.groups * (match.rows // match.examples + 2 * match.d_in) * match.d_in
-    channels = match.groups * match.channels
-    return sum(
-        cost.flops
-        for use in match.uses
-        if use.geometry is not None
-        for cost in costs(use.geometry, examples=match.examples, channels=channels)
-        if cost.form == use.options["form"]
-    )
+    return sum(_form_flops(use, match) for use in match.uses)
+
+
+def _form_flops(use: Use, match: LayerMatch) -> int:
+    """Of one use of a convolution's input: a product of its rows, or what `forms` says."""
+    geometry, form = use.geometry, use.options["form"]
+    assert geometry is not None
+    if form in ("pixels", "patches"):
+        positions = math.prod(shape(use.g[0])[2:])
+        return 2 * match.examples * positions * match.groups * (match.channels * match.kernel_volume) ** 2
+    found = costs(geometry, examples=match.examples, channels=match.groups * match.channels)
+    return next(cost.flops for cost in found if cost.form == form)
+
+
+def _reduced_flops(match: LayerMatch, side: str) -> int:
+    """The sum over positions, then 2 d^2 per example and group."""
+    d, passes = (match.d_in, 1) if side == "A" else (match.d_out, match.num_passes)
+    added = (match.rows - match.examples) * match.groups * d
+    if side == "A" and match.uses[0].geometry is not None:
+        added = match.examples * sum(_box_additions(use, match) for use in match.uses)
+    return passes * (added + 2 * match.examples * match.groups * d**2)
+
+
+def _box_additions(use: Use, match: LayerMatch) -> int:
+    """Additions of one example's box sums: axis after axis, each tap adds the lines that it reads."""
+    geometry = use.geometry
+    assert geometry is not None
+    outputs, total = shape(use.g[0])[2:], 0
+    space = outputs if geometry.transposed else geometry.space  # of the upsampled image about as many
+    for axis, count in enumerate(outputs):
+        total += math.prod(geometry.kernel[: axis + 1]) * count * math.prod(space[axis + 1 :])
+    return match.groups * match.channels * total
 
 
 def row_flops(match: LayerMatch, side: str) -> int:
-    """FLOPs of a product of d^2 with every row: 2 rows d^2 per group; counts are one each."""
+    """FLOPs of a product of d^2 with every row: 2 rows d^2 per group; counts are one each.
+
+    Of chosen experts too: their rows are zero where another is chosen.
+    """
     if side == "F":
         return match.rows * 2 * match.groups * (1 if match.bias is None else 4)
-    per_group = match.rows // match.groups if match.kind == "gathered-experts" else match.rows
     if side == "A" and match.structure == "diagonal":
         return match.rows
     passes = 1 if side == "A" else match.num_passes
-    return passes * per_group * 2 * match.groups * (match.d_in if side == "A" else match.d_out) ** 2
+    return passes * match.rows * 2 * match.groups * (match.d_in if side == "A" else match.d_out) ** 2
 
 
 def product_flops(match: LayerMatch, side: str) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kfac_fx.contracts import Plan
-from kfac_fx.report.lines import GAP, Line, cut, cut_path, fitted, natural_widths
+from kfac_fx.report.comments import in_comment
+from kfac_fx.report.lines import GAP, Line, cut, cut_path, fitted, natural_widths, total_width
 from kfac_fx.report.numbers import bytes_text, flops_text
 from kfac_fx.report.rows import LayerRow, gram_form, layer_rows
 from kfac_fx.types import FactorSpec, LayerMatch
@@ -52,9 +53,15 @@ def layer_cells(plan: Plan, layers: Sequence[LayerMatch], *, collapse: bool) -> 
 
 
 def fitting_columns(cells: Sequence[Sequence[str]], *, width: int | None) -> dict[str, int]:
-    """Columns to show, with widths: the source is shortened, then left out, then apply, then refresh."""
+    """Columns to show, with widths, for where not all fit.
+
+    Layers take a third at most, the source is shortened, then left out, then apply, then refresh.
+    """
+    widths = natural_widths(COLUMNS, cells)
+    if width is not None and "layer" in widths and total_width(widths) > width:
+        widths["layer"] = min(widths["layer"], max(_SHORTEST_LAYER, width // 3))
     return fitted(
-        natural_widths(COLUMNS, cells),
+        widths,
         width,
         shorten={"source": _SHORTEST_SOURCE},
         drop=_CUT_FIRST,
@@ -87,7 +94,7 @@ def table_lines(cells: Sequence[Sequence[str]], *, width: int | None) -> list[Li
 
 def _cells(row: LayerRow) -> list[str]:
     match, cost = row.first, row.total
-    source = f"{match.source}  {match.source.code.strip()}" if match.source else ""
+    source = in_comment(f"{match.source}  {match.source.code.strip()}") if match.source else ""
     sides = {factor.side: position for position, factor in enumerate(row.factors[0])}
 
     def size(side: str) -> str:
@@ -97,7 +104,7 @@ def _cells(row: LayerRow) -> list[str]:
 
     forms = [gram_form(match, factor) for factor in row.factors[0]]
     return [
-        row.label,
+        in_comment(row.label),
         match.kind,
         f"{row.count:,}",
         str(len(match.uses)),

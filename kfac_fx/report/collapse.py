@@ -52,14 +52,18 @@ def spanned(paths: Sequence[str]) -> str:
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """`{0, 1, 2, 5}` -> `0-2,5`."""
-    found: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if found and number == found[-1][-1] + 1:
-            found[-1][1:] = [number]
-        else:
-            found.append([number])
-    return ",".join("-".join(map(str, span)) for span in found)
+    """`{0, 1, 2, 5}` -> `0-2,5`; three numbers and more with equal steps, `{0, 3, 6, 9}`, -> `0-9:3`."""
+    left, found = sorted(set(numbers)), []
+    while left:
+        step = left[1] - left[0] if len(left) > 1 else 1
+        count = 1
+        while count < len(left) and left[count] - left[count - 1] == step:
+            count += 1
+        if step > 1 and count < 3:
+            count = 1
+        first, last, left = left[0], left[count - 1], left[count:]
+        found.append(f"{first}" if count == 1 else f"{first}-{last}" + (f":{step}" if step > 1 else ""))
+    return ",".join(found)
 
 
 def _point(path: str) -> Point:

@@ -54,12 +54,12 @@ def difference(before: Document, after: Document) -> dict[str, Any]:
         "same": not _any(content),
         **content,
     }
-    return json.loads(json.dumps(found, sort_keys=True))
+    return json.loads(json.dumps(found, sort_keys=True, allow_nan=False))
 
 
 def difference_json(found: Document) -> str:
     """The document as indented text with sorted keys."""
-    return json.dumps(found, indent=2, sort_keys=True)
+    return json.dumps(found, indent=2, sort_keys=True, allow_nan=False)
 
 
 def _any(content: Document) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from kfac_fx.report.collapse import collapsed
 from kfac_fx.report.difference import COSTS
 from kfac_fx.report.lines import GAP, Line, broken, line, wrapped
-from kfac_fx.report.numbers import bytes_text, flops_text
+from kfac_fx.report.numbers import bytes_text, flops_text, part_text
 
 _LABELS = {
     "bytes": "state",
@@ -183,6 +183,7 @@ def _total_lines(totals: Sequence[Entry]) -> list[Line]:
 
 
 def _percent(name: str, value: float | None) -> str:
+    """As the report has it, but of any overhead one digit: as many as of its change."""
     if value is None:
         return "-"
-    return f"{value:+.1%}" if name == "overhead" else f"{value:.1%}"
+    return f"{value:+.1%}" if name == "overhead" else part_text(value)

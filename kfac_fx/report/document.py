@@ -55,12 +55,12 @@ def document(plan: Plan) -> dict[str, Any]:
         "rows": [_row(row) for row in layer_rows(plan, layers, collapse=True)],
         "skips": [_skip(skip) for skip in plan.skipped],
     }
-    return json.loads(json.dumps(content, sort_keys=True, default=str))
+    return json.loads(json.dumps(content, sort_keys=True, allow_nan=False))
 
 
 def to_json(plan: Plan) -> str:
     """The document as indented text."""
-    return json.dumps(document(plan), indent=2, sort_keys=True)
+    return json.dumps(document(plan), indent=2, sort_keys=True, allow_nan=False)
 
 
 def version() -> str:
@@ -78,9 +78,9 @@ def device_type(plan: Plan) -> str:
 
 
 def hyperparameters(method: Method) -> dict[str, Any]:
-    """All settings of the method, as JSON has them."""
+    """All settings of the method, as JSON has them; one that it does not have, such as a dtype, as text."""
     assert dataclasses.is_dataclass(method) and not isinstance(method, type), "a method is a dataclass"
-    return plain(dataclasses.asdict(method))
+    return json.loads(json.dumps(plain(dataclasses.asdict(method)), default=str, allow_nan=False))
 
 
 def plain(value: Any) -> Any:
@@ -92,6 +92,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def source_document(source: Source | None) -> dict[str, Any] | None:
+    """File without its folder, line and code."""
+    if source is None:
+        return None
+    return {"file": source.name, "line": source.line, "code": source.code.strip()}
 
 
 def _totals(sums: Totals, coverage: float) -> dict[str, Any]:
@@ -108,6 +115,7 @@ def _totals(sums: Totals, coverage: float) -> dict[str, Any]:
         "tensors": {"skipped": sums.skipped_tensors, "frozen": sums.frozen_tensors},
         "cost": _cost(sums.cost),
         "flops_model": sums.model_flops,
+        "flops_fisher": sums.fisher_flops,
         "overhead": {phase: sums.overhead(phase) for phase in ("apply", "statistics", "inversion", "total")},
     }
 
@@ -137,7 +145,7 @@ def _layer(match: LayerMatch, factors: Sequence[FactorSpec], off: frozenset[str]
         "examples": match.examples,
         "numel": match.numel,
         "uses": [_use(use) for use in match.uses],
-        "source": _source(match.source),
+        "source": source_document(match.source),
         "cost": _cost(cost_of(factors, off=off)),
         "factors": [_factor(factor, match) for factor in factors],
     }
@@ -184,12 +192,6 @@ def _skip(skip: Skip) -> dict[str, Any]:
         "reason": skip.reason.value,
         "detail": skip.detail,
         "numel": skip.numel,
-        "source": _source(skip.source),
+        "source": source_document(skip.source),
         "advice": skip.advice,
     }
-
-
-def _source(source: Source | None) -> dict[str, Any] | None:
-    if source is None:
-        return None
-    return {"file": str(source).rsplit(":", 1)[0], "line": source.line, "code": source.code.strip()}

@@ -1,13 +1,16 @@
 """Lines of a report as coloured pieces, and how they fit a width.
 
 Enters: texts and cells. Leaves: lines, each a tuple of (text, role); `table` gives roles their colours, and
-the plain text is the same pieces without. A width of None cuts and breaks nothing.
+the plain text is the same pieces without. A width of None cuts and breaks nothing. Characters that do not
+print, which names and lines of a model may hold, are escaped: a terminal would act on them.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+
+from kfac_fx.report.comments import in_comment
 
 Line = tuple[tuple[str, str], ...]
 
@@ -22,13 +25,13 @@ def plain_text(lines: Iterable[Line]) -> str:
 
 def line(text: str, role: str = "") -> Line:
     """A line of one piece."""
-    return ((text, role),)
+    return ((in_comment(text), role),)
 
 
 def broken(segments: Sequence[str], *, width: int | None, indent: int, role: str = "") -> list[Line]:
     """Segments in a row, three blanks apart; further lines are indented, segments break between words."""
     rows, current = [], ""
-    for segment in segments:
+    for segment in map(in_comment, segments):
         wider = f"{current}   {segment}" if current.strip() else current + segment
         if current.strip() and width is not None and len(wider) > width:
             rows.append(current)
@@ -41,6 +44,7 @@ def broken(segments: Sequence[str], *, width: int | None, indent: int, role: str
 
 def wrapped(text: str, *, width: int | None, indent: int, role: str = "") -> list[Line]:
     """A text, broken between words; a single word that is too long is cut in pieces."""
+    text = in_comment(text)
     if width is None or len(text) <= width:
         return [line(text, role)]
     width = max(width, indent + 10)
@@ -65,6 +69,11 @@ def natural_widths(names: Sequence[str], cells: Iterable[Sequence[str]]) -> dict
     return {name: max(width, len(name)) for name, width in widths.items()}
 
 
+def total_width(widths: Mapping[str, int]) -> int:
+    """Of columns of these widths, with the gaps between them."""
+    return sum(widths.values()) + len(GAP) * (len(widths) - 1)
+
+
 def fitted(
     widths: Mapping[str, int],
     width: int | None,
@@ -84,7 +93,7 @@ def fitted(
         return found
 
     def excess() -> int:
-        return sum(found.values()) + len(GAP) * (len(found) - 1) - width
+        return total_width(found) - width
 
     for name, shortest in shorten.items():
         if name in found and excess() > 0:

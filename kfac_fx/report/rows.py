@@ -8,7 +8,8 @@ borrows counts at its owner.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import final
 
 from kfac_fx.contracts import Plan
@@ -60,6 +61,7 @@ class LayerRow:
 class Totals:
     """Figures of a whole plan: parameters by element, tensors by name, frozen ones apart.
 
+    fisher_flops: of the backward passes for the Fisher alone, a part of the cost of statistics.
     off: phases that never run, since their pass is switched off; they cost nothing.
     """
 
@@ -72,6 +74,7 @@ class Totals:
     frozen_tensors: int
     cost: Cost
     model_flops: int
+    fisher_flops: int
     parameter_bytes: int
     statistics_every: int
     inverse_every: int
@@ -87,6 +90,16 @@ class Totals:
             "inversion": self.cost.inversion / self.inverse_every if self.inverse_every else 0.0,
         }
         return (sum(parts.values()) if phase == "total" else parts[phase]) / self.model_flops
+
+
+def settings(plan: Plan) -> list[tuple[str, str]]:
+    """Name and value of what was chosen, for the head of a report. The last two only where they are."""
+    found = [("method", plan.method.name), ("sharing", plan.sharing), ("fisher", plan.fisher)]
+    if plan.rounds_rows:
+        found.append(("statistics of", "bfloat16 rows"))
+    if plan.without:
+        found.append(("without", ", ".join(sorted(plan.without))))
+    return found
 
 
 def cost_of(factors: Iterable[FactorSpec], *, off: frozenset[str] = frozenset()) -> Cost:
@@ -127,6 +140,11 @@ def layer_labels(plan: Plan) -> dict[str, str]:
     """What to call each layer, by key: its module path, or its key where that is empty or not unique."""
     names = [match.name for match in plan.matched]
     return {m.key: m.name if m.name and names.count(m.name) == 1 else m.key for m in plan.matched}
+
+
+def fits(match: LayerMatch, labels: Mapping[str, str], pattern: str) -> bool:
+    """Whether the layer's label, path, weight or key fits an fnmatch pattern. labels: of `layer_labels`."""
+    return any(fnmatchcase(n, pattern) for n in (labels[match.key], match.name, match.weight, match.key))
 
 
 def layer_rows(plan: Plan, layers: Sequence[LayerMatch], *, collapse: bool) -> list[LayerRow]:
@@ -173,6 +191,7 @@ def estimated_ns(match: LayerMatch, factor: FactorSpec) -> int | None:
 def totals(plan: Plan) -> Totals:
     """Figures of the whole plan."""
     active, off = [s for s in plan.skipped if s.reason is not Reason.FROZEN], phases_off(plan)
+    cost, fisher_flops = cost_of(plan.factors, off=off), 0 if "statistics" in off else plan.fisher_flops
     return Totals(
         layers=len(plan.matched),
         nodes=len(plan.capture.graph.graph.nodes),
@@ -181,8 +200,9 @@ def totals(plan: Plan) -> Totals:
         skipped=sum(s.numel for s in active),
         skipped_tensors=len(active),
         frozen_tensors=len(plan.skipped) - len(active),
-        cost=cost_of(plan.factors, off=off),
+        cost=replace(cost, statistics=cost.statistics + fisher_flops),
         model_flops=plan.model_flops,
+        fisher_flops=fisher_flops,
         parameter_bytes=sum(p.numel * p.dtype.itemsize for p in plan.capture.parameters),
         statistics_every=plan.method.statistics_every,
         inverse_every=plan.method.inverse_every,

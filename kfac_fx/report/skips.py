@@ -78,7 +78,7 @@ def _sources(sources: Sequence[Source]) -> str:
     """`models.py:13,16`: at most three lines of each file."""
     lines: dict[str, list[int]] = {}
     for source in sources:
-        known = lines.setdefault(str(source).rsplit(":", 1)[0], [])
+        known = lines.setdefault(source.name, [])
         if source.line not in known:
             known.append(source.line)
     shown = (

@@ -12,14 +12,17 @@ from fnmatch import fnmatchcase
 from kfac_fx.contracts import Plan
 from kfac_fx.errors import UnknownNameError, did_you_mean
 from kfac_fx.report.cells import COLUMNS, hidden_columns, layer_cells, table_lines
+from kfac_fx.report.comments import in_comment
 from kfac_fx.report.lines import GAP, Line, broken, line, plain_text, wrapped
 from kfac_fx.report.numbers import bytes_text, flops_text, part_text, share_text, tensors_text
 from kfac_fx.report.rows import (
     Totals,
     estimated_ns,
     factors_by_layer,
+    fits,
     forward_order,
     layer_labels,
+    settings,
     totals,
 )
 from kfac_fx.report.skips import SkipRow, skip_rows
@@ -69,15 +72,9 @@ def header_lines(plan: Plan, *, width: int | None = None) -> list[Line]:
     sums = totals(plan)
     title = [
         f"kfac-fx  {plan.capture.model_name}",
-        f"method {plan.method.name}",
-        f"sharing {plan.sharing}",
-        f"fisher {plan.fisher}",
+        *(f"{name} {value}" for name, value in settings(plan)),
         f"{counted(sums.nodes, 'node')} captured",
     ]
-    if plan.rounds_rows:
-        title.append("statistics of bfloat16 rows")
-    if plan.without:
-        title.append(f"without {', '.join(sorted(plan.without))}")
     share = sums.skipped / sums.trainable if sums.trainable else 0.0
     skipped = (
         f"{tensors_text(sums.skipped_tensors)}, {counted(sums.skipped, 'parameter')} ({part_text(share)})"
@@ -116,7 +113,11 @@ def note_lines(cells: Sequence[Sequence[str]], *, width: int | None = None) -> l
 
 def factor_lines(plan: Plan, layers: Sequence[LayerMatch], *, width: int | None = None) -> list[Line]:
     """How each factor of these layers is computed, and whose it is when it is shared."""
-    labels, owned, lines = layer_labels(plan), factors_by_layer(plan), []
+    labels, owned = (
+        {key: in_comment(label) for key, label in layer_labels(plan).items()},
+        factors_by_layer(plan),
+    )
+    lines = []
     longest = max(len(labels[match.key]) for match in layers)
     for match in layers:
         for factor in owned[match.key]:
@@ -150,8 +151,8 @@ def skip_lines(skips: Sequence[Skip], *, advice: bool, width: int | None = None)
         for row in [] if narrow else rows:
             *texts, source = _skip_cells(row)
             padded = GAP.join(t.ljust(w) for t, w in zip(texts, widths, strict=False))
-            fits = width is None or len(GAP + padded + GAP + source) <= width
-            lines.append(line((GAP + padded + (GAP + source if fits else "")).rstrip()))
+            has_room = width is None or len(GAP + padded + GAP + source) <= width
+            lines.append(line((GAP + padded + (GAP + source if has_room else "")).rstrip()))
         if advice:
             lines += wrapped(f"      {ADVICE_MARK} {reason.advice}", width=width, indent=9, role="advice")
     return lines
@@ -161,7 +162,7 @@ def cost_lines(sums: Totals, *, width: int | None = None) -> list[Line]:
     """What a training step costs beyond the model's own work, averaged over the schedule, and the memory."""
     phases = {
         "apply": f"apply {flops_text(sums.cost.apply)}",
-        "statistics": f"statistics {flops_text(sums.cost.statistics)} {_every(sums.statistics_every)}",
+        "statistics": f"statistics {_statistics(sums)} {_every(sums.statistics_every)}",
         "inversion": f"refresh {flops_text(sums.cost.inversion)} {_every(sums.inverse_every)}"
         if sums.inverse_every
         else "refresh never",
@@ -188,13 +189,16 @@ def cost_lines(sums: Totals, *, width: int | None = None) -> list[Line]:
     ]
 
 
+def _statistics(sums: Totals) -> str:
+    """FLOPs of statistics, and how many of them are in backward passes of their own."""
+    passes = f" ({flops_text(sums.fisher_flops)} in backward passes)" if sums.fisher_flops else ""
+    return flops_text(sums.cost.statistics) + passes
+
+
 def select(plan: Plan, pattern: str) -> tuple[list[LayerMatch], list[Skip]]:
     """Layers (by path, weight or key) and skipped parameters that fit an fnmatch pattern, at least one."""
     labels = layer_labels(plan)
-    layers = []
-    for match in forward_order(plan):
-        if any(fnmatchcase(n, pattern) for n in (labels[match.key], match.name, match.weight, match.key)):
-            layers.append(match)
+    layers = [match for match in forward_order(plan) if fits(match, labels, pattern)]
     skips = [skip for skip in plan.skipped if fnmatchcase(skip.parameter, pattern)]
     if not layers and not skips:
         known = [*labels.values(), *(skip.parameter for skip in plan.skipped)]
@@ -208,4 +212,4 @@ def _every(steps: int) -> str:
 
 def _skip_cells(row: SkipRow) -> list[str]:
     count = f"x{len(row.members)}" if len(row.members) > 1 else ""
-    return [row.label, count, row.reason.value, row.detail, row.sources]
+    return [in_comment(text) for text in (row.label, count, row.reason.value, row.detail, row.sources)]
