@@ -46,6 +46,7 @@ def _outline(match: LayerMatch) -> Hashable:
         (
             use.a is None,
             len(use.g),
+            use.absent,
             len(use.operands),
             use.geometry,
             use.scale,
@@ -110,14 +111,19 @@ def fisher_gradients(use: Use) -> tuple[Node, ...]:
 def use_values(
     match: LayerMatch, tensors: Sequence[Tensor], *, training: bool = False
 ) -> tuple[UseValues, ...]:
-    """Give each use the values of its nodes. training: `g` of the training pass alone."""
+    """Give each use the values of its nodes, and zeros where a pass does not reach it.
+
+    training: `g` of the training pass alone.
+    """
     source, values = iter(tensors), []
     for use in match.uses:
         a = None if use.a is None else next(source)
         operands = tuple(next(source) for _ in use.operands)
         count = 1 if training else len(fisher_gradients(use))
-        g = tuple(next(source) for _ in range(count))
-        values.append(UseValues(use=use, a=a, operands=operands, g=g))
+        g = [next(source) for _ in range(count)]
+        for place in () if training else use.absent:
+            g.insert(place, torch.zeros_like(g[0]))
+        values.append(UseValues(use=use, a=a, operands=operands, g=tuple(g)))
     return tuple(values)
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
+from kfac_fx.align import ANOTHER_WAY, Pair, all_aligned
 from kfac_fx.assemble import Bias, Found, Part, finish, join_biases
 from kfac_fx.errors import Reason
 from kfac_fx.graph import getitem_source
@@ -20,7 +21,7 @@ from kfac_fx.layout import Layout, Permute, simplified
 from kfac_fx.traced import Capture, Parameter
 from kfac_fx.types import Matches, Skip
 from kfac_fx.uses import other_use, spread_over_stored, told
-from kfac_fx.walk import Term, base_value, gradient_terms
+from kfac_fx.walk import Term, gradient_terms
 
 _NEIGHBOURHOOD = 24
 _CONTRACTIONS = ("linear", "convolution")
@@ -65,8 +66,9 @@ def _trivial_skips(capture: Capture, exclude: Callable[[str], bool]) -> tuple[li
             skips.append(_skip(capture, parameter, Reason.UNUSED, "it received no gradient"))
         elif parameter.dtype.is_complex:
             skips.append(_skip(capture, parameter, Reason.COMPLEX_DTYPE, str(parameter.dtype)))
-        elif any(parameter.name not in p.gradients for p in capture.passes):
-            skips.append(_skip(capture, parameter, Reason.OUTSIDE_FISHER, "no gradient from the prediction"))
+        elif not any(parameter.name in p.gradients for p in capture.passes[1:] or capture.passes):
+            where = "the prediction" if len(capture.losses) == 1 else "any prediction of the losses"
+            skips.append(_skip(capture, parameter, Reason.OUTSIDE_FISHER, f"no gradient from {where}"))
         else:
             open_.append(parameter)
     return skips, open_
@@ -84,6 +86,8 @@ def _find(parameter: Parameter, kinds: Sequence[LayerKind], facts: Facts) -> lis
         return Reason.REPARAMETRISED, f"it meets another stored tensor before the batch, in {told(spread)}"
     per_pass = []
     for backward in facts.capture.passes:
+        if parameter.name not in backward.gradients:  # zero: it starts at the prediction of another loss
+            continue
         terms = gradient_terms(backward.gradients[parameter.name])
         products = []
         for term in terms:
@@ -91,18 +95,20 @@ def _find(parameter: Parameter, kinds: Sequence[LayerKind], facts: Facts) -> lis
             if isinstance(product, tuple):
                 return product if len(terms) == 1 else _mixed(parameter, terms, product, kinds, facts)
             products.append(product)
-        if all(product.constant_input for product in products):
+        if not per_pass and all(product.constant_input for product in products):
             return Reason.BATCH_FREE, f"its product is {_describe(terms[0].root)}"
         per_pass.append(list(zip(terms, products, strict=True)))
     parts = _by_part(per_pass[0])
     if parts is None:
         return Reason.MIXED_USE, "overlapping parts of it are used in different products"
+    if any(term.part not in parts for other in per_pass[1:] for term, _ in other):
+        return Reason.OUTSIDE_FISHER, ANOTHER_WAY
     found = []
     for part, pairs in parts.items():
-        others = [_aligned(pairs, [q for q in other if q[0].part == part]) for other in per_pass[1:]]
-        if any(other is None for other in others):
-            return Reason.OUTSIDE_FISHER, "the backward from the prediction uses it in another way"
-        result = _one_layout(parameter, part, pairs, [o for o in others if o is not None])
+        others = all_aligned(pairs, [[q for q in other if q[0].part == part] for other in per_pass[1:]])
+        if isinstance(others, str):
+            return Reason.OUTSIDE_FISHER, others
+        result = _one_layout(parameter, part, pairs, others)
         if isinstance(result, tuple):
             return result
         found.append(result)
@@ -159,9 +165,9 @@ def _mixed(
     return Reason.MIXED_USE, f"{len(known)} of {len(terms)} uses match, another does not: {what}"
 
 
-def _by_part(pairs: list[tuple[Term, Product]]) -> dict[Part, list[tuple[Term, Product]]] | None:
+def _by_part(pairs: list[Pair]) -> dict[Part, list[Pair]] | None:
     """Terms by the rows they write; None if different parts overlap."""
-    parts: dict[Part, list[tuple[Term, Product]]] = {}
+    parts: dict[Part, list[Pair]] = {}
     for term, product in pairs:
         parts.setdefault(term.part, []).append((term, product))
     if len(parts) == 1:
@@ -174,29 +180,11 @@ def _by_part(pairs: list[tuple[Term, Product]]) -> dict[Part, list[tuple[Term, P
     return {part: parts[part] for part in ordered}
 
 
-def _aligned(
-    pairs: list[tuple[Term, Product]], others: list[tuple[Term, Product]]
-) -> list[tuple[Term, Product]] | None:
-    """The other pass' products in the order of the training pass: by equal inputs, else by position."""
-    if len(pairs) != len(others):
-        return None
-    rest, ordered = list(others), []
-    for index, (_, product) in enumerate(pairs):
-        key = None if product.a is None else base_value(product.a)
-        same = [o for o in rest if o[1].a is not None and base_value(o[1].a) == key]
-        chosen = same[0] if same else (others[index] if others[index] in rest else rest[0])
-        if (chosen[1].kind, chosen[1].rows) != (product.kind, product.rows):
-            return None
-        rest.remove(chosen)
-        ordered.append(chosen)
-    return ordered
-
-
 def _one_layout(
     parameter: Parameter,
     part: Part,
-    pairs: list[tuple[Term, Product]],
-    others: list[list[tuple[Term, Product]]],
+    pairs: list[Pair],
+    others: list[list[Pair | None]],
 ) -> Found | tuple[Reason, str]:
     """All terms must write their canonical gradient into the parameter in the same way, or in the transposed
     one.
@@ -218,7 +206,8 @@ def _one_layout(
             reason = Reason.TIED if parameter.aliases else Reason.MIXED_USE
             kinds = ", ".join(sorted({p.kind for _, p in pairs}))
             return reason, f"used as {kinds} in ways whose factors cannot be added"
-    passes = tuple(tuple(other[i][1].g for other in others) for i in range(len(pairs)))
+    of_uses = [[other[i] for other in others] for i in range(len(pairs))]
+    passes = tuple(tuple(None if one is None else one[1].g for one in use) for use in of_uses)
     return Found(
         parameter=parameter,
         part=part,

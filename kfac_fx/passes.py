@@ -26,8 +26,13 @@ MAX_TYPE2_PASSES = 256
 @final
 @dataclass(kw_only=True)
 class Trace:
-    """What the traced function learns while it runs: positions in its output list, filled once."""
+    """What the traced function learns while it runs: positions in its output list, filled once.
 
+    losses, gradients: of each backward pass, the calls where it starts (none: at the loss itself) and the
+    parameters it reaches.
+    """
+
+    losses: list[tuple[int, ...]] = field(default_factory=list)
     gradients: list[tuple[str, ...]] = field(default_factory=list)
     calls: list[LossCall] = field(default_factory=list)
     weighted: list[bool] = field(default_factory=list)
@@ -42,7 +47,7 @@ def backward_passes(
     trace: Trace,
 ) -> tuple[Tensor, ...]:
     """loss, 1/R_; of each call its loss, prediction, 1/R_ and, if `trace.weighted`, the weights of its terms;
-    then per pass its seed and its gradients. Called while tracing.
+    then per pass its seeds and its gradients. Called while tracing.
     """
     slopes = _slopes(loss, calls)
     with torch.no_grad():  # before the backward, so that statistics need not wait for its end
@@ -50,12 +55,15 @@ def backward_passes(
         inverse = _inverse_scale([pair[0] for pair in scaled], loss, batch)
     seed = torch.ones_like(loss)
     outputs = [seed, *_gradients([loss], [seed], leaves, trace)]
+    trace.losses.append(())
     trace.calls = [call for call, _ in slopes]
     trace.weighted = [weights is not None for _, weights in scaled]
     if fisher != "empirical" and trace.calls:  # without calls `make_capture` refuses
         _check_passes(trace.calls, fisher)
-        for predictions, seeds in _fisher_seeds(trace.calls, scaled, inverse, fisher):
-            outputs += [seeds[0], *_gradients(predictions, seeds, leaves, trace)]
+        for numbers, seeds in _fisher_seeds(trace.calls, scaled, inverse, fisher):
+            predictions = [trace.calls[number].prediction for number in numbers]
+            outputs += [*seeds, *_gradients(predictions, seeds, leaves, trace)]
+            trace.losses.append(numbers)
     described: list[Tensor] = []
     for call, (own, weights) in zip(trace.calls, scaled, strict=True):
         described += [call.loss, call.prediction, own, *([] if weights is None else [weights])]
@@ -90,17 +98,25 @@ def _inverse_scale(inverses: list[Tensor], loss: Tensor, batch: Batch) -> Tensor
     """1/R_ of the whole loss; of an unknown loss N, as for a mean over the batch."""
     if inverses:
         wide = [value.to(torch.promote_types(loss.dtype, torch.float32)) for value in inverses]
-        return wide[0] if len(wide) == 1 else torch.stack(wide).mean()
+        return wide[0] if len(wide) == 1 else _finite_mean(torch.stack(wide))
     size = float(num_examples(batch))
     return torch.full((), size, dtype=torch.promote_types(loss.dtype, torch.float32), device=loss.device)
 
 
+def _finite_mean(values: Tensor) -> Tensor:
+    """A loss that enters with weight zero has R_ = 0: it says nothing about the others' scale."""
+    finite = torch.isfinite(values)
+    return torch.where(finite, values, 0.0).sum() / finite.sum()
+
+
 def _fisher_seeds(
     calls: list[LossCall], scaled: list[tuple[Tensor, Tensor | None]], inverse: Tensor, fisher: Fisher
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Per pass the predictions and cotangents.
+) -> Iterator[tuple[tuple[int, ...], list[Tensor]]]:
+    """Per pass the calls at whose predictions it starts, and the cotangent of each.
 
-    They are scaled so that G is `inverse * sum g g^T`, as for the training pass.
+    They are scaled so that G is `inverse * sum g g^T`, as for the training pass. The Hessian of a sum of
+    losses is the sum of theirs: draws of different calls are independent with mean zero, so that one pass
+    from all of them has it as its mean, and columns of different calls go in passes of their own.
     """
     scales = [1.0 / (inverse * own).sqrt() for own, _ in scaled]
     weights = [term_weights for _, term_weights in scaled]
@@ -109,11 +125,11 @@ def _fisher_seeds(
         for call, weight, scale in zip(calls, weights, scales, strict=True):
             cotangent = sampled_cotangent(call, weight)
             seeds.append(cotangent * scale.to(cotangent.dtype))
-        yield [call.prediction for call in calls], seeds
+        yield tuple(range(len(calls))), seeds
         return
-    for call, weight, scale in zip(calls, weights, scales, strict=True):
+    for number, (call, weight, scale) in enumerate(zip(calls, weights, scales, strict=True)):
         for cotangent in root_cotangents(call, weight, scale):
-            yield [call.prediction], [cotangent]
+            yield (number,), [cotangent]
 
 
 def _check_passes(calls: list[LossCall], fisher: Fisher) -> None:

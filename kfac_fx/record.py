@@ -16,12 +16,11 @@ from torch.fx.graph import CodeGen
 
 from kfac_fx import graph as fxgraph
 from kfac_fx.batch import Batch, num_examples
-from kfac_fx.errors import LossError
+from kfac_fx.loss_info import check_fisher, loss_info
 from kfac_fx.passes import Trace
 from kfac_fx.sources import user_source
-from kfac_fx.traced import Capture, LossInfo, LossNodes, Parameter, Pass
+from kfac_fx.traced import Capture, LossNodes, Parameter, Pass
 from kfac_fx.types import Fisher, LossFn, Source
-from kfac_fx.wording import counted
 
 
 def make_capture(
@@ -43,10 +42,7 @@ def make_capture(
     outputs = iter(fxgraph.tree_leaves(graph.output_node().args[0]))
     loss, inverse = next(outputs), next(outputs)
     call_losses, losses = _recorded(outputs, trace)
-    passes = []
-    for names in trace.gradients:
-        seed = next(outputs)
-        passes.append(Pass(seed=seed, gradients={name: next(outputs) for name in names}))
+    passes = _passes(outputs, trace)
     _share_recomputed_randomness(graph, passes[0].seed)
     if len(passes) > 1:
         _keep_buffers(graph, [loss, *passes[0].gradients.values()])
@@ -55,6 +51,7 @@ def make_capture(
     records = _parameters(model, parameters, placeholders)
     data = placeholders[len(parameters) + len(buffers) :]
     covered = _covers(loss, call_losses, [p.node for p in records if p.trainable])
+    check_fisher(trace.calls, fisher, covered=covered)
     return Capture(
         graph=module,
         model_name=type(model).__name__,
@@ -63,11 +60,13 @@ def make_capture(
         inputs=tuple(data[: batch.num_inputs]),
         targets=tuple(data[batch.num_inputs :]),
         loss=loss,
-        loss_info=_loss_info(loss_fn, batch, trace, fisher, covered),
+        loss_info=loss_info(
+            trace.calls, examples=num_examples(batch), covered=covered, chosen=loss_fn is None
+        ),
         inverse_scale=inverse,
         losses=losses if covered else (),
         passes=tuple(passes),
-        backward=fxgraph.descendants(p.seed for p in passes),
+        backward=fxgraph.descendants(seed for p in passes for seed in p.seeds),
         data=fxgraph.descendants(data),
         fisher=fisher,
         user_sources=_user_sources(records),
@@ -89,6 +88,16 @@ def _recorded(outputs: Iterator[Node], trace: Trace) -> tuple[list[Node], tuple[
             )
         )
     return results, tuple(losses)
+
+
+def _passes(outputs: Iterator[Node], trace: Trace) -> list[Pass]:
+    """The backward passes, each from its seeds and its gradients."""
+    passes = []
+    for losses, names in zip(trace.losses, trace.gradients, strict=True):
+        seeds = tuple(next(outputs) for _ in losses or (None,))
+        gradients = {name: next(outputs) for name in names}
+        passes.append(Pass(seeds=seeds, losses=losses, gradients=gradients))
+    return passes
 
 
 def _flatten_signature(module: GraphModule) -> None:
@@ -179,44 +188,6 @@ def _covers(loss: Node, call_losses: list[Node], trainable: list[Node]) -> bool:
         seen.add(node)
         queue.extend(node.all_input_nodes)
     return bool(call_losses) and not seen.intersection(trainable)
-
-
-def _loss_info(loss_fn: LossFn | None, batch: Batch, trace: Trace, fisher: Fisher, covered: bool) -> LossInfo:
-    examples = num_examples(batch)
-    if fisher != "empirical" and not covered:
-        raise LossError(
-            f"fisher={fisher!r} needs a loss made of cross-entropy, mean squared error or BCE-with-logits "
-            f"calls alone, but this loss has {'other terms beside them' if trace.calls else 'none of them'}. "
-            "fisher='empirical' works with every loss."
-        )
-    if not trace.calls:
-        return LossInfo(
-            kind="unknown",
-            reduction="unknown",
-            examples=examples,
-            terms=1,
-            unit=1.0,
-            ignores=False,
-            note=f"unknown loss, taken as a mean over the {counted(examples, 'example')} of the batch",
-        )
-    call = trace.calls[0]
-    count = call.num_terms  # not a plain number if the loss selects rows by their values
-    terms = max(1, count // examples) if isinstance(count, int) else 1
-    note = f"{call.kind} ({call.reduction}), {counted(examples, 'example')} x {counted(terms, 'term')}"
-    if loss_fn is None:
-        note += ", chosen by the model's output and targets"
-    if not covered:
-        note += ", with further terms"
-    kinds = {c.kind for c in trace.calls}
-    return LossInfo(
-        kind=call.kind if len(kinds) == 1 else "several",
-        reduction=call.reduction,
-        examples=examples,
-        terms=terms,
-        unit=1.0 / call.factor,
-        ignores=call.can_ignore and terms > 1,
-        note=note,
-    )
 
 
 def _parameters(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, final
 
 import torch
@@ -36,8 +37,10 @@ class Parameter:
 class LossInfo:
     """What the capture found out about the loss (methods.md 1.1).
 
-    kind: "cross_entropy", "mse", "bce" or "unknown". reduction: "mean", "sum" or "unknown". examples: N, the
-    batch size. terms: R', the number of loss terms per example. note: one sentence for the report.
+    kind: "cross_entropy", "mse", "bce", "several" or "unknown". reduction: "mean", "sum", "none", "several"
+    or "unknown". examples: N, the batch size. terms: R', the number of loss terms per example; of several
+    losses the most. unit: 1/R_ of the loss with reduction "sum", as in `Capture.inverse_scale`. ignores:
+    terms can be ignored, and an example has more than one. note: one sentence for the report.
     """
 
     kind: str
@@ -68,10 +71,20 @@ class LossNodes:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One backward pass: the seed that starts it and the gradient it gives to each parameter, by name."""
+    """One backward pass: the seeds that start it and the gradient it gives to each parameter, by name.
 
-    seed: Node
+    losses: positions in `Capture.losses` of the predictions where the seeds start, one each; none for the
+    training pass, whose one seed starts at the loss. A parameter that is not in `gradients` has gradient 0.
+    """
+
+    seeds: tuple[Node, ...]
+    losses: tuple[int, ...]
     gradients: Mapping[str, Node]
+
+    @property
+    def seed(self) -> Node:
+        """The first seed: the only one of the training pass and of a pass from one prediction."""
+        return self.seeds[0]
 
 
 @final
@@ -81,7 +94,7 @@ class Capture:
 
     graph: placeholders are parameters, buffers, inputs, targets in that order; outputs are the loss, then one
     gradient per trainable parameter that has one. passes[0] is the training backward; the others, if any,
-    start at the model's prediction for the Fisher. inverse_scale is the node
+    start at the predictions that the losses read, for the Fisher. inverse_scale is the node
     of 1/R_ (0-dim tensor): the loss is R_ times the sum of its terms. losses: the recorded losses it is made
     of; none if it has other terms that depend on trainable parameters. backward: nodes that depend on a seed.
     data: nodes that depend on inputs or targets.
@@ -110,4 +123,8 @@ class Capture:
 
     def parameter(self, name: str) -> Parameter:
         """The parameter of that name."""
-        return next(p for p in self.parameters if p.name == name)
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Parameter]:
+        return {parameter.name: parameter for parameter in self.parameters}

@@ -6,6 +6,7 @@ Nodes are named by what they are, never by position. No record is edited after i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, final
@@ -32,9 +33,14 @@ class Source:
     line: int
     code: str
 
+    @property
+    def name(self) -> str:
+        """The file without its folder, of this system or of Windows."""
+        return re.split(r"[\\/]", self.file)[-1]
+
     def __str__(self) -> str:
         """`file.py:12`, without the folder."""
-        return f"{self.file.rsplit('/', 1)[-1]}:{self.line}"
+        return f"{self.name}:{self.line}"
 
 
 @final
@@ -43,8 +49,9 @@ class Use:
     """One product of one parameter: `scale * sum_rows g a^T` is a term of its gradient.
 
     a: the tensor the layer reads (None: a constant one, for shifts). g: cotangent of the layer's output, one
-    node per backward pass, the training pass first. operands: further forward tensors a kind needs (mean and
-    rstd of a norm). bias: whether the layer's bias joins this use.
+    node per backward pass that reaches this use, the training pass first. absent: places among the layer's
+    Fisher passes that do not reach this use but another one: there its g is zero. operands: further
+    forward tensors a kind needs (mean and rstd of a norm). bias: whether the layer's bias joins this use.
     """
 
     a: Node | None
@@ -55,6 +62,7 @@ class Use:
     scale: float = 1.0
     bias: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    absent: tuple[int, ...] = ()
 
 
 @final
@@ -98,8 +106,8 @@ class LayerMatch:
 
     @property
     def num_passes(self) -> int:
-        """Backward passes that feed the Fisher: one, or those from the prediction."""
-        return max(len(self.uses[0].g) - 1, 1)
+        """Backward passes that feed the layer's Fisher: one, or those from predictions that reach it."""
+        return max(len(self.uses[0].g) - 1 + len(self.uses[0].absent), 1)
 
     @property
     def channels(self) -> int:
