@@ -29,7 +29,10 @@ _LARGEST_CHECKED = 1 << 24
 @final
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Products of one part of one parameter, one per term, all of one layout."""
+    """Products of one part of one parameter, one per term, all of one layout.
+
+    passes: per term its `g` in each Fisher pass that reaches the part, None where it does not reach the term.
+    """
 
     parameter: Parameter
     part: Part
@@ -37,7 +40,7 @@ class Found:
     terms: tuple[Term, ...]
     layout: Layout
     swapped: tuple[bool, ...]
-    passes: tuple[tuple[Node, ...], ...]
+    passes: tuple[tuple[Node | None, ...], ...]
 
 
 @final
@@ -173,13 +176,14 @@ def _match(capture: Capture, item: Found, bias: Bias | None, owners: dict[object
     uses = tuple(
         Use(
             a=product.a,
-            g=(product.g, *others),
+            g=(product.g, *(g for g in others if g is not None)),
             grad=term.root,
             operands=product.operands,
             geometry=product.geometry,
             scale=term.scale,
             bias=bias is not None and index in bias.joined,
             options={**product.options, "swapped": swapped},
+            absent=tuple(place for place, g in enumerate(others) if g is None),
         )
         for index, (product, term, swapped, others) in enumerate(
             zip(item.products, item.terms, item.swapped, item.passes, strict=True)

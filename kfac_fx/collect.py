@@ -6,8 +6,6 @@ Enters: the `Draft` of a program. Leaves: the same with more nodes, and what was
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -20,7 +18,7 @@ from kfac_fx.types import LayerMatch
 from kfac_fx.writer import of_layer
 
 
-def write_guard(draft: Draft, layers: Collection[str]) -> str:
+def write_guard(draft: Draft) -> str:
     """One number that is finite if and only if all gradients are."""
 
     def run(*tensors: Tensor) -> dict[str, Tensor]:
@@ -36,11 +34,11 @@ def write_guard(draft: Draft, layers: Collection[str]) -> str:
     return f"1/R_, and a check of {len(gradients)} gradients"
 
 
-def write_statistics(draft: Draft, layers: Collection[str]) -> str:
-    """This batch's statistics of these layers, beside their weight gradients."""
+def write_statistics(draft: Draft) -> str:
+    """This batch's statistics of the draft's layers, beside their weight gradients."""
     plan, collected = draft.plan, set()
     for match in plan.matched:
-        if match.key not in layers:
+        if match.key not in draft.layers:
             continue
         owners = {name: (state_owner(plan, match, name), name) for name in batch_names(plan, match)}
         wanted = tuple(name for name, key in owners.items() if key not in collected)
@@ -72,7 +70,7 @@ def _write_layer_statistics(draft: Draft, match: LayerMatch, wanted: tuple[str, 
     return results
 
 
-def write_averages(draft: Draft, layers: Collection[str]) -> str:
+def write_averages(draft: Draft) -> str:
     """The statistics become new state, right behind where they are computed."""
     plan, writer = draft.plan, draft.writer
     if not plan.matched:

@@ -6,7 +6,7 @@ Enters: a `Plan`. Leaves: outputs with names, copies of the graph between passes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import final
 
 import torch
@@ -26,16 +26,22 @@ class Draft:
     them). batch_state, state: statistics of the batch; new state. raw: gradients that are preconditioned.
     matrices, directions: canonical, per layer. back: nodes from directions to parameters' shapes. products:
     <V, grad> of each layer. read: state tensors that the finished program reads. collects: whether it has
-    statistics; only_batch: not averaged.
+    statistics; only_batch: not averaged. layers: keys of those whose statistics are collected.
     """
 
     def __init__(
-        self, plan: Plan, sizes: Mapping[Key, Sequence[int]], *, collects: bool, only_batch: bool
+        self,
+        plan: Plan,
+        sizes: Mapping[Key, Sequence[int]],
+        *,
+        collects: bool,
+        only_batch: bool,
+        layers: Collection[str],
     ) -> None:
         self.plan = plan
         self.writer = GraphWriter(plan, sizes)
         self.writer.add_states()
-        self.collects, self.only_batch = collects, only_batch
+        self.collects, self.only_batch, self.layers = collects, only_batch, frozenset(layers)
         self.check: Node | None = None
         self.weight: Node | None = None
         self.rates: Node | None = None

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch.fx import Graph, GraphModule, Node
 
-from kfac_fx.graph import aten, is_mutation, is_op
+from kfac_fx.graph import VIEWS, aten, is_mutation, is_op
 
 
 def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
@@ -52,14 +52,13 @@ def eliminate_dead(
 
 def relax_views(module: GraphModule) -> None:
     """Let `view` copy where real strides differ from the fake ones, except where the view is written to."""
-    views = (aten.view.default, aten._unsafe_view.default)
     written: set[Node] = set()
     for node in module.graph.nodes:
         if node.op == "call_function" and is_mutation(node):
             source = node.args[0]
             while isinstance(source, Node) and source not in written:
                 written.add(source)
-                source = source.args[0] if is_op(source, *views) else None
+                source = source.args[0] if is_op(source, *VIEWS) else None
     for node in module.graph.nodes:
-        if is_op(node, *views) and node not in written:
+        if is_op(node, *VIEWS) and node not in written:
             node.target = aten.reshape.default

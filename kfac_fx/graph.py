@@ -1,7 +1,8 @@
 """Read fx nodes, trace torch functions.
 
-Enters: graphs made by `capture`. Leaves: facts about nodes (what produced a gradient, forward or backward,
-source line), copies and graphs of ordinary torch functions. Nothing here knows a layer kind or a method.
+Enters: graphs made by `capture`; functions of tensors. Leaves: facts about nodes (value, source line, what
+depends on them, effects), and graphs of ordinary torch functions. Nothing here knows a layer kind or a
+method; copies and edits of graphs are in `editing`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 import threading
+import traceback
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -20,12 +22,13 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kfac_fx.errors import CaptureError
+from kfac_fx.errors import CaptureError, KfacFxError
 from kfac_fx.sources import user_source
 from kfac_fx.types import Source
 
 aten = torch.ops.aten
 TRACING = threading.RLock()  # torch patches modules while it traces, and takes no second tracer beside it
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 BATCH_NORMS = (aten.native_batch_norm.default, aten.cudnn_batch_norm.default)
 tree_flatten, tree_unflatten, tree_leaves, tree_map = (
     pytree.tree_flatten,
@@ -117,7 +120,8 @@ def traced(
     """The graph of a function of tensors like the fake values of `arguments`, which belong to one graph, and
     the real tensors that it reads, by target.
 
-    Tracing tells tensors apart by identity, so that a value that stands twice is given as two.
+    Tracing tells tensors apart by identity, so that a value that stands twice is given as two. Raises
+    `KfacFxError` if the function works in place.
     """
     values: dict[int, Tensor] = {}
     with fake_mode(arguments[0].graph) as mode:
@@ -132,7 +136,6 @@ def traced(
         graph = recorder.graph
         graph.output(tuple(recorder.node(result) for result in results))
     graph.eliminate_dead_code()
-    assert not any(is_mutation(node) for node in graph.nodes), "spliced functions work in place"
     return graph, recorder.constants
 
 
@@ -173,6 +176,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_mutable(func):
+            raise KfacFxError(_in_place(func))
         self._met_real = False
         read, named = map_aggregate(args, self.node), map_aggregate(kwargs, self.node)
         if self._met_real:
@@ -192,6 +197,17 @@ class _Recorder(TorchDispatchMode):
             if isinstance(part, Tensor):
                 self._know(part, self.graph.call_function(operator.getitem, (node, number)))
         return result
+
+
+def _in_place(operator: torch._ops.OpOverload) -> str:
+    """What to do about this operator, and the line of the user's that calls it, if it is one of theirs."""
+    source = user_source("".join(traceback.format_stack()))
+    where = f" ({source}: {source.code})" if source else ""
+    return (
+        f"a function that is written into the program works in place, by {operator}{where}. Functions of a "
+        "method have to leave their arguments as they are: write x * 2 instead of x.mul_(2), and "
+        "torch.where or torch.stack instead of x[i] = y."
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -215,7 +231,11 @@ def has_effect(node: Node) -> bool:
 
 def is_mutation(node: Node) -> bool:
     """Whether running the node changes one of its arguments in place."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return _is_mutable(node.target)
+
+
+def _is_mutable(target: object) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def assigns_placeholder(node: Node) -> bool:

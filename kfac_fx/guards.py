@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -44,6 +45,23 @@ def model_device(model: nn.Module) -> torch.device:
     if parameter is None:
         raise InputError(f"{type(model).__name__} has no parameters: there is nothing to train.")
     return parameter.device
+
+
+def copied(model: nn.Module, who: str) -> nn.Module:
+    """A copy without gradients, to be run or trained in the model's place.
+
+    Raises `KfacFxError` with the remedy if it cannot be copied. who: what changes nothing of the user's.
+    """
+    try:
+        twin = copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise KfacFxError(
+            f"{type(model).__name__} cannot be copied, and {who} changes nothing of yours: "
+            f"copy.deepcopy(model) raises {type(error).__name__}: {error}. Pass a model that was built anew."
+        ) from error
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:

@@ -21,6 +21,7 @@ from kfac_fx.contracts import Plan
 from kfac_fx.draft import Draft
 from kfac_fx.functions import layer_function, products, signature
 from kfac_fx.stages import PassRecord
+from kfac_fx.wording import counted
 from kfac_fx.writer import Key, identifier, of_layer
 
 Variant = Literal["plain", "statistics", "gradients", "batch_statistics"]
@@ -103,23 +104,31 @@ def instrument(
     not yet averaged (for accumulation).
     """
     collects = "statistics" in WRITES[variant] and stages.runs("statistics", plan.without)
-    draft = Draft(plan, sizes or {}, collects=collects, only_batch=variant == "batch_statistics")
-    chosen = frozenset(m.key for m in plan.matched) if layers is None else frozenset(layers)
-    if on_pass is not None:
-        on_pass("capture", None, draft.shown())
+    chosen = [match.key for match in plan.matched] if layers is None else layers
+    only_batch = variant == "batch_statistics"
+    draft = Draft(plan, sizes or {}, collects=collects, only_batch=only_batch, layers=chosen)
+
+    def show(name: str, record: PassRecord | None) -> None:
+        if on_pass is not None:
+            on_pass(name, record, draft.shown())
+
+    show("capture", None)
     draft.writer.label_matches()
-    if on_pass is not None:
-        on_pass("match", None, draft.shown())
+    show("match", None)
     for name in ("guard", *WRITES[variant], "cleanup"):
         if not stages.runs(name, plan.without):
             stages.note_off(name, variant)
             continue
         draft.writer.begin(name)
         with stages.running(name, draft) as running:
-            done = _WRITING[name](draft, chosen)
+            done = _WRITING[name](draft)
             running.did = f"{variant}: {done}"
-        if on_pass is not None:
-            on_pass(name, running.record, draft.shown())
+        show(name, running.record)
+    return _written(draft, variant)
+
+
+def _written(draft: Draft, variant: Variant) -> Program:
+    """The finished program."""
     return Program(
         variant=variant,
         module=draft.writer.module,
@@ -132,7 +141,7 @@ def instrument(
     )
 
 
-def _write_precondition(draft: Draft, layers: Collection[str]) -> str:
+def _write_precondition(draft: Draft) -> str:
     """Replace each matched gradient by its preconditioned direction, layer by layer."""
     plan, writer = draft.plan, draft.writer
     names = gradient_names(plan)
@@ -193,7 +202,7 @@ def _between(first: Node, end: Node) -> Iterable[Node]:
         node = node.next
 
 
-def _write_lengths(draft: Draft, layers: Collection[str]) -> str:
+def _write_lengths(draft: Draft) -> str:
     """Bound or restore the length of all directions, before they take the parameters' shapes."""
     plan, writer = draft.plan, draft.writer
     if not plan.matched:
@@ -219,7 +228,7 @@ def _write_lengths(draft: Draft, layers: Collection[str]) -> str:
     return f"{changed} of {len(scaled)} directions by {plan.method.name}"
 
 
-def _write_products(draft: Draft, layers: Collection[str]) -> str:
+def _write_products(draft: Draft) -> str:
     """What the directions, as they go to the optimizer, have in common with the gradients."""
     if not draft.directions:
         return "no layers"
@@ -231,17 +240,17 @@ def _write_products(draft: Draft, layers: Collection[str]) -> str:
         names={"products": "products"},
         key=("products",),
     )["products"]
-    return f"<V, grad> of {num} layers"
+    return f"<V, grad> of {counted(num, 'layer')}"
 
 
-def _clean(draft: Draft, layers: Collection[str]) -> str:
+def _clean(draft: Draft) -> str:
     """Drop what nobody reads, and let views copy where strides differ."""
     before = len(draft)
     draft.finish()
     return f"{before - len(draft)} nodes dropped, {len(draft.read)} state tensors are read"
 
 
-_Writing = Callable[[Draft, Collection[str]], str]
+_Writing = Callable[[Draft], str]
 _WRITING: Mapping[str, _Writing] = {
     "guard": write_guard,
     "statistics": write_statistics,

@@ -18,7 +18,7 @@ from kfac_fx.walk import base
 
 BACKENDS = ("auto", "eager", "inductor", "inductor-no-cudagraphs")
 
-Program = Callable[..., Sequence[Tensor]]
+Callee = Callable[..., Sequence[Tensor]]
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -44,11 +44,11 @@ def compile_mode(backend: str, device: torch.device) -> str | None:
     return "reduce-overhead" if uses_cuda_graphs(backend, device) else "default"
 
 
-def lower(module: GraphModule, backend: str) -> Program:
+def lower(module: GraphModule, backend: str) -> Callee:
     """A callable over the module's placeholders, whose outputs are the caller's. backend: a resolved one."""
     device = fxgraph.value(module.graph.output_node().all_input_nodes[0]).device
     mode = compile_mode(backend, device)
-    module = in_full_float32(module) if device.type == "cuda" else module
+    module = with_full_float32(module) if device.type == "cuda" else module
     run = module if mode is None else compiled(module, mode)
     if uses_cuda_graphs(backend, device):
         run = _owning(run, mutated_placeholders(module))
@@ -60,12 +60,12 @@ def lower(module: GraphModule, backend: str) -> Program:
     return call
 
 
-def compiled(module: GraphModule, mode: str) -> Program:
+def compiled(module: GraphModule, mode: str) -> Callee:
     """By torch.compile: one graph, no break (`fullgraph=True`), static shapes."""
     return torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
 
 
-def _owning(run: Program, mutated: Sequence[int]) -> Program:
+def _owning(run: Callee, mutated: Sequence[int]) -> Callee:
     """A program that is replayed as a CUDA graph, with outputs that outlive its next run.
 
     mutated: positions of the inputs that it changes in place.
@@ -85,7 +85,7 @@ def _owning(run: Program, mutated: Sequence[int]) -> Program:
     return call
 
 
-def in_full_float32(module: GraphModule) -> GraphModule:
+def with_full_float32(module: GraphModule) -> GraphModule:
     """The program with products of float32 that were inserted into it never in TF32.
 
     The model's own products keep what the user allows.

@@ -2,12 +2,13 @@
 
 TF32 rounds operands to 10 bits, which hides the small eigenvalues of a factor, and convolutions use it by
 default (pitfall P6 of methods.md). Leaves: a context for what runs eagerly, and torch's products as operators
-that switch it off around themselves, for programs. Flags are the host's: a CUDA graph keeps those of its
-recording.
+that switch it off around themselves, for programs. Flags are the host's, for all of its threads: TF32 is off
+while any thread is inside a context. A CUDA graph keeps the flags of its recording.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,17 +25,37 @@ def full_float32(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    backends = cuda.matmul, cudnn.conv, mkldnn.matmul  # type: ignore[attr-defined]
-    before, legacy = [backend.fp32_precision for backend in backends], _legacy()
-    torch.set_float32_matmul_precision("highest")  # torch refuses to read flags of two kinds that disagree
-    backends[0].fp32_precision = backends[1].fp32_precision = "ieee"
+    with _lock:
+        _open.append(_open[0] if _open else _allowed())
     try:
+        with _lock:
+            torch.set_float32_matmul_precision("highest")  # torch refuses to read flags that disagree
+            matmul, conv, _ = _backends()
+            matmul.fp32_precision = conv.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(legacy)
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        with _lock:
+            legacy, precisions = _open.pop()
+            if not _open:
+                torch.set_float32_matmul_precision(legacy)
+                for backend, precision in zip(_backends(), precisions, strict=True):
+                    backend.fp32_precision = precision
+
+
+# An entry per open context, of whatever thread. All hold what was allowed before the first of them.
+_open: list[tuple[str, tuple[str, ...]]] = []
+_lock = threading.Lock()
+
+
+def _backends() -> tuple[Any, Any, Any]:
+    """Where the newer flags are, for each kind of product that TF32 can be in."""
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    return cuda.matmul, cudnn.conv, mkldnn.matmul  # type: ignore[attr-defined]
+
+
+def _allowed() -> tuple[str, tuple[str, ...]]:
+    """The flags as they are: the older one, and those of `_backends`."""
+    return _legacy(), tuple(backend.fp32_precision for backend in _backends())
 
 
 def _legacy() -> str:

@@ -18,6 +18,7 @@ from kfac_fx.plan import check_strict, make_plan
 from kfac_fx.report import render
 from kfac_fx.traced import Capture
 from kfac_fx.types import Fisher, LossFn, Matches, Sharing
+from kfac_fx.wording import counted
 
 
 def trace(
@@ -58,7 +59,9 @@ def trace(
                 rows=rows or {},
                 without=without,
             )
-            running.did = f"{len(plan.matched)} layers by {method.name}, {_state_size(plan)} of state"
+            running.did = (
+                f"{counted(len(plan.matched), 'layer')} by {method.name}, {_state_size(plan)} of state"
+            )
     except CaptureError as error:
         raise CaptureError(f"{captured.model_name} cannot be captured as one graph: {error}") from error
     if strict:
@@ -80,7 +83,8 @@ def _match(captured: Capture, excluded: Callable[[str], bool], without: frozense
         if not stages.runs("forms", without):
             stack.enter_context(forms.patches_only())
         matches = match(captured, exclude=excluded)
-        running.did = f"{len(matches.matched)} layers matched, {len(matches.skipped)} parameters skipped"
+        layers, skipped = counted(len(matches.matched), "layer"), counted(len(matches.skipped), "parameter")
+        running.did = f"{layers} matched, {skipped} skipped"
     return matches
 
 

@@ -1,7 +1,8 @@
 """Graphs of the torch functions that are spliced: traced once, made small, found again by later captures.
 
-Enters: a function of tensors and the nodes that are its arguments. Leaves: its graph. The traces that outlive
-a capture know sizes alone; nothing else of a model stays.
+Enters: a function of tensors and the nodes that are its arguments. Leaves: its graph. Of the traces that
+outlive a capture the nodes know sizes alone. The constants that a function reads, tables that it made itself,
+stay with its trace; of a model nothing does.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from torch.fx import Graph, Node
 
 from kfac_fx import editing
 from kfac_fx import graph as fxgraph
-from kfac_fx.graph import aten, is_op
+from kfac_fx.graph import VIEWS, aten, is_op
 
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-_RESIZES = (*_VIEWS, aten.expand.default)
+_RESIZES = (*VIEWS, aten.expand.default)
 _MOST = 512
 _lock = threading.Lock()
 _everywhere: OrderedDict[Hashable, Trace] = OrderedDict()  # the last used at the end
@@ -88,7 +88,8 @@ def _keep(key: Hashable, traced: Trace) -> None:
 
 def forget() -> None:
     """Forget the traces that later captures would find: after one of the traced functions was replaced."""
-    _everywhere.clear()
+    with _lock:
+        _everywhere.clear()
 
 
 def _trace(function: Callable[..., Mapping[str, Tensor]], arguments: Sequence[Node]) -> Trace:
@@ -110,7 +111,7 @@ def _drop_idle_views(graph: Graph) -> None:
         if not is_op(node, *_RESIZES):
             continue
         read = node.args[0]
-        while is_op(node, *_VIEWS) and is_op(read, *_VIEWS):
+        while is_op(node, *VIEWS) and is_op(read, *VIEWS):
             read = read.args[0]
         node.update_arg(0, read)
         like, kept = fxgraph.value(read), fxgraph.value(node)
@@ -120,7 +121,7 @@ def _drop_idle_views(graph: Graph) -> None:
 
 
 def _without_values(traced: Trace) -> Trace:
-    """A copy whose nodes know of their values the sizes alone."""
+    """A copy whose nodes know of their values the sizes alone. Constants are the same tensors."""
     graph, _ = editing.copy_graph(traced.graph)
     for node in graph.nodes:
         node.meta = {"val": fxgraph.tree_map(_described, node.meta["val"])} if "val" in node.meta else {}

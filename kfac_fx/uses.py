@@ -55,5 +55,5 @@ def other_use(parameter: Parameter, capture: Capture, inputs: Collection[Node]) 
 def told(node: Node) -> str:
     """The operation with the user's line, if that is known."""
     source = user_source(node.meta.get("stack_trace"))
-    line = "" if source is None else f" at {source.file.rsplit('/', 1)[-1]}:{source.line}"
+    line = "" if source is None else f" at {source}"
     return f"{node.target}{line}"

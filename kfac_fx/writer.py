@@ -17,9 +17,10 @@ from kfac_fx import editing
 from kfac_fx import graph as fxgraph
 from kfac_fx.canonical import initial_state, state_owner
 from kfac_fx.contracts import Plan
-from kfac_fx.splice import splice
+from kfac_fx.splice import buffer_names, splice
 from kfac_fx.stages import runs
 from kfac_fx.types import LayerMatch
+from kfac_fx.wording import counted
 
 Key = tuple[str, str]
 
@@ -45,6 +46,7 @@ class GraphWriter:
     def __init__(self, plan: Plan, sizes: Mapping[Key, Sequence[int]]) -> None:
         self.plan = plan
         self.module, self._copies = editing.copy_module(plan.capture.graph)
+        self._constants = buffer_names(self.module)
         self.end = self.module.graph.output_node()
         self._sizes = sizes
         self._order = {node: i for i, node in enumerate(plan.capture.graph.graph.nodes)}
@@ -129,6 +131,7 @@ class GraphWriter:
             source=None if match is None else match.source,
             key=key,
             known=known,
+            constants=self._constants,
             notes={"kfac_fx_pass": self._stage, "kfac_fx_layer": "" if match is None else match.name},
         )
         sizes = tuple(fxgraph.value(node).shape for node in arguments)
@@ -141,7 +144,7 @@ class GraphWriter:
     def told(self, num_layers: int) -> str:
         """How many layers a pass has served, and how many of them are like another."""
         alike = num_layers - len(self._kinds)
-        return f"{num_layers} layers" + (f", {alike} of them like another" if alike > 0 else "")
+        return counted(num_layers, "layer") + (f", {alike} of them like another" if alike > 0 else "")
 
     def after(self, captured: Sequence[Node]) -> Node:
         """The node before which code that reads these captured nodes can stand."""

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from kfac_fx import trace, traces
+from kfac_fx.contracts import Plan
+from kfac_fx.export.subject import StatisticsStep, statistics_step
+from tests.pages import GOLDEN, plan_of
 from tests.shared_captures import remembering
 
 SEED = 0
@@ -55,3 +58,15 @@ def equal_models_share_a_capture() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "capture", remembering(trace.capture))
         yield
+
+
+@pytest.fixture(scope="session")
+def gpt_plan() -> Plan:
+    """Of the small transformer in `golden`; the tests of reports and pages read it, and write nothing."""
+    return plan_of(f"{GOLDEN / 'tiny_gpt.py'}:build")
+
+
+@pytest.fixture(scope="session")
+def gpt_step(gpt_plan: Plan) -> StatisticsStep:
+    """Its step with statistics."""
+    return statistics_step(gpt_plan)

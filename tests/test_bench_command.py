@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from kfac_fx import bench as benchmark
-from kfac_fx.bench import BenchReport, bench, files
+from kfac_fx.bench import BenchReport, bench
 from kfac_fx.errors import KfacFxError
 from kfac_fx_cli.main import app
 
@@ -72,7 +73,7 @@ def test_results_are_saved_as_json_and_as_a_plot(report: BenchReport, tmp_path: 
 
 @pytest.fixture
 def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("kfac_fx.outfile.importlib.util.find_spec", lambda name: None)
     yield
 
 
@@ -81,7 +82,7 @@ def test_without_matplotlib_there_is_no_plot_and_asking_for_one_is_an_error(
     report: BenchReport, tmp_path: Path
 ) -> None:
     assert benchmark.save(report, tmp_path / "times.json") == (tmp_path / "times.json",)
-    with pytest.raises(KfacFxError, match=r'pip install "\.\[benchmarks\]"'):
+    with pytest.raises(KfacFxError, match='pip install "matplotlib'):
         benchmark.check_files(tmp_path / "times.png")
 
 
@@ -137,6 +138,14 @@ def test_errors_of_the_user_are_one_line(target: str, options: tuple[str, ...], 
 def test_a_measurement_that_fails_leaves_no_file_and_keeps_an_old_one(target: str, tmp_path: Path) -> None:
     old = tmp_path / "old.json"
     old.write_text("kept")
-    for file in (tmp_path / "new.json", old):
+    for file in (tmp_path / "new.json", tmp_path / "deep" / "new.json", old):
         assert run(target, "--steps", "0", "-o", str(file)).exit_code == 1
     assert not (tmp_path / "new.json").exists() and old.read_text() == "kept"
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_model_that_cannot_be_copied_is_one_error_with_a_remedy() -> None:
+    model = nn.Linear(3, 2)
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(KfacFxError, match="bench changes nothing of yours: .* Pass a model that was built"):
+        bench(model, None, torch.randn(4, 3), torch.tensor([0, 1, 0, 1]), methods=("foof",))

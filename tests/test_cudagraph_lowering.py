@@ -172,6 +172,6 @@ def test_a_program_compiles_in_the_mode_of_cuda_graphs(monkeypatch: pytest.Monke
     step(*data)
     monkeypatch.setattr(lower, "uses_cuda_graphs", lambda backend, device: backend == "inductor")
     module = step.graphs["batch_statistics"]
-    runs = [lower.lower(module, "eager"), lower.lower(lower.in_full_float32(module), "inductor")]
+    runs = [lower.lower(module, "eager"), lower.lower(lower.with_full_float32(module), "inductor")]
     outputs = [run(*model.parameters(), *copy.deepcopy(list(model.buffers())), *data) for run in runs]
     torch.testing.assert_close(list(outputs[0]), list(outputs[1]))

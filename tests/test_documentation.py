@@ -1,11 +1,14 @@
 """Every block of code of the README and of the documentation does what its page says."""
 
+import ast
 import functools
+import random
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kfac_fx import Reason, methods
 from pagetools import small
@@ -121,6 +124,29 @@ def test_a_command_that_cannot_be_run_is_an_error_when_it_is_run_small(command: 
     with pytest.raises(PageError, match=r"^page\.md:2: ") as error:
         run(f"<!-- run small: slow -->\n```console\n$ {command}\n```\n")
     assert message in str(error.value)
+
+
+def test_a_page_leaves_random_numbers_as_they_were() -> None:
+    random.seed(3)
+    torch.manual_seed(3)
+    before = random.getstate(), torch.get_rng_state()
+    run("```python\nimport random\n\nprint(random.random())\n```\n")
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_every_text_file_is_read_and_written_as_utf_8_whatever_the_locale() -> None:
+    opened = re.compile(r"read_text|write_text|open|fdopen|\w*TemporaryFile")
+    for file in [f for room in ("kfac_fx", "cli", "docs", "examples") for f in (ROOT / room).rglob("*.py")]:
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name = vars(call.func).get("attr", vars(call.func).get("id", ""))
+            if not opened.fullmatch(name):
+                continue
+            modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            binary = name != "write_text" and any("b" in mode for mode in modes)
+            said = binary or any(keyword.arg == "encoding" for keyword in call.keywords)
+            assert said, f"{file.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)}"
 
 
 def test_what_is_run_small_is_what_the_pages_show() -> None:

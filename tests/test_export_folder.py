@@ -10,7 +10,7 @@ from torch import nn
 import kfac_fx
 from kfac_fx import export
 from kfac_fx.contracts import Plan
-from kfac_fx.errors import ExportError, ExportWarning, KfacFxError
+from kfac_fx.errors import ExportWarning, KfacFxError
 from kfac_fx.export import folder as folder_module
 from kfac_fx.export import subject as subject_module
 from kfac_fx.export.subject import Subject
@@ -61,21 +61,6 @@ def test_checking_a_folder_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_part_that_fails_for_the_user_is_a_warning_and_the_others_are_written(
-    plan: Plan, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def passes(subject: Subject) -> dict[str, str]:
-        raise ExportError("it holds a surprise.")
-
-    export.save(plan, target, tmp_path / "whole")
-    parts = [passes if part.__name__ == "passes" else part for part in folder_module.PARTS]
-    monkeypatch.setattr(folder_module, "PARTS", parts)
-    with pytest.warns(ExportWarning, match=r"^passes was not written: it holds a surprise\.$"):
-        paths = export.save(plan, target, tmp_path / "less")
-    wanted = {name for name in files_in(tmp_path / "whole") if not name.startswith("passes/")}
-    assert files_in(tmp_path / "less") == wanted == {p.name for p in paths}
-
-
 def test_an_error_of_ours_is_raised_when_the_other_parts_are_written(
     plan: Plan, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +71,33 @@ def test_an_error_of_ours_is_raised_when_the_other_parts_are_written(
     with pytest.raises(ZeroDivisionError, match="ours"):
         export.save(plan, target, tmp_path)
     assert {"index.html", "train_step.py", "environment.json", "passes/0-captured.py"} <= files_in(tmp_path)
+
+
+def test_of_several_parts_that_fail_each_is_named(
+    plan: Plan, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first(subject: Subject) -> dict[str, str]:
+        raise ZeroDivisionError("ours")
+
+    def second(subject: Subject) -> dict[str, str]:
+        raise KfacFxError("it holds a surprise.")
+
+    monkeypatch.setattr(folder_module, "PARTS", (first, *folder_module.PARTS[1:2], second))
+    named = r"^second was not written either: KfacFxError: it holds a surprise\.$"
+    with pytest.warns(RuntimeWarning, match=named), pytest.raises(ZeroDivisionError, match="ours"):
+        export.save(plan, target, tmp_path)
+    assert files_in(tmp_path) == {"environment.json"}
+
+
+def test_a_step_that_cannot_be_a_file_of_its_own_is_a_warning_and_the_others_are_written(
+    target: Target, tmp_path: Path
+) -> None:
+    method = kfac_fx.KFAC(quadratic_model=True)
+    plan = kfac_fx.inspect(target.model, target.loss_fn, target.inputs, target.targets, method=method)
+    with pytest.warns(ExportWarning, match=r"^train_step\.py was not written: ") as warned:
+        export.save(plan, target, tmp_path)
+    assert [w.message.file for w in warned if isinstance(w.message, ExportWarning)] == ["train_step.py"]
+    assert {"index.html", "report.json", "passes/0-captured.py"} <= files_in(tmp_path)
 
 
 def test_the_parts_share_one_statistics_step(

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,37 @@ def test_counts_follow_the_schedule() -> None:
     assert report.state_bytes == sum(layer.state_bytes for layer in report.layers)
     tensors = {id(t): t for s in step.state_dict()["curvature"].values() for t in s.values()}
     assert report.state_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def test_counts_go_on_where_times_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kfac_fx.live.journal.KEPT", 2)
+    report = trained(kfac_fx.KFAC(statistics_every=2, inverse_every=4), 9)[0].report()
+    assert sum(kind.count for kind in report.kinds) == 9
+    update = next(phase for phase in report.phases if phase.name == "update")
+    assert update.count == 9 and len(update.seconds) == 2 and len(report.losses) == 2
+    written = report.document()["phases"]["update"]
+    assert written == {"count": 9, "milliseconds": [1e3 * seconds for seconds in update.seconds]}
+    assert update.median == pytest.approx(sum(update.seconds) / 2)
+
+
+def test_the_document_has_every_field_of_the_report(shared: Any) -> None:
+    report = shared[0].report()
+    document = report.document(eigenvalues=True)
+    assert document.keys() == {f.name for f in fields(report)} - {"render"} | {"schema"}
+    for written, layer in zip(document["layers"], report.layers, strict=True):
+        assert written.keys() == {f.name for f in fields(layer)}
+        assert (written["group"], document["max_dim"]) == (layer.group, report.max_dim)
+        for factor_written, found in zip(written["factors"], layer.factors, strict=True):
+            assert factor_written.keys() == {f.name for f in fields(found)}
+    assert document["kl"].keys() == {f.name for f in fields(report.kl)}
+
+
+def test_the_text_counts_one_and_escapes_what_a_terminal_acts_on(shared: Any) -> None:
+    report = shared[0].report()
+    layers = tuple(replace(layer, group=f"odd\x1b[31m{layer.group}") for layer in report.layers)
+    text = str(replace(report, steps=1, left_out=("head",), layers=layers))
+    assert "kfac  1 step " in text and "of 1 layer with factors beyond" in text
+    assert all(line.isprintable() for line in text.split("\n")) and r"odd\x1b[31mhead" in text
 
 
 def test_staggered_layers_have_ages_of_their_own() -> None:

@@ -1,13 +1,13 @@
 """`index.html` and `strip.svg` hold what the plan says, and nothing that could leave their place."""
 
 import base64
+import dataclasses
 import difflib
 import json
 import re
 import zlib
 from html import escape
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import kfac_fx
 from kfac_fx.contracts import Plan
@@ -24,64 +24,28 @@ from kfac_fx.export.page import encoded, page
 from kfac_fx.export.page_code import hunks, node_lines
 from kfac_fx.export.page_data import page_data
 from kfac_fx.export.strip import strip
-from kfac_fx.export.subject import PassProgram, StatisticsStep, statistics_step
+from kfac_fx.export.subject import PassProgram, StatisticsStep, about
+from kfac_fx.report.lines import plain_text
+from kfac_fx.report.text import header_lines
 from kfac_fx.target import load_target
+from tests.pages import GOLDEN, HOSTILE, hostile_plan, page_of
 
-GOLDEN = Path(__file__).parent / "golden"
 SVG = "{http://www.w3.org/2000/svg}"
-HOSTILE = "</script><img src=x onerror=alert(1)>\"'&é{{data}}"
-
-
-class Hostile(nn.Module):
-    """A layer whose name, and a line whose text, would end a script element if they were not escaped."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_module(HOSTILE, nn.Linear(3, 4))
-        self.register_parameter(f"{HOSTILE} alone", nn.Parameter(torch.zeros(7)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._modules[HOSTILE](x)  # </script><img src=x onerror=alert(2)>
-
-
-def plan_of(text: str) -> Plan:
-    target = load_target(text)
-    return kfac_fx.inspect(target.model, target.loss_fn, target.inputs, target.targets, method="kfac")
-
-
-def hostile_plan() -> Plan:
-    return kfac_fx.inspect(
-        Hostile(), lambda y, t: (y - t).square().mean(), torch.ones(5, 3), torch.ones(5, 4)
-    )
 
 
 @pytest.fixture(scope="module")
-def plan() -> Plan:
-    return plan_of(f"{GOLDEN / 'tiny_gpt.py'}:build")
+def data(gpt_plan: Plan, gpt_step: StatisticsStep) -> dict[str, Any]:
+    return page_data(gpt_plan, gpt_step)
 
 
 @pytest.fixture(scope="module")
-def step(plan: Plan) -> StatisticsStep:
-    return statistics_step(plan)
+def text(gpt_plan: Plan, data: dict[str, Any]) -> str:
+    return paged(gpt_plan, data)
 
 
 @pytest.fixture(scope="module")
-def data(plan: Plan, step: StatisticsStep) -> dict[str, Any]:
-    return page_data(plan, step)
-
-
-@pytest.fixture(scope="module")
-def text(plan: Plan, data: dict[str, Any]) -> str:
-    return paged(plan, data)
-
-
-@pytest.fixture(scope="module")
-def programs(step: StatisticsStep) -> tuple[PassProgram, ...]:
-    return step.texts
-
-
-def page_of(plan: Plan) -> str:
-    return page(plan, page_data(plan, statistics_step(plan)))
+def programs(gpt_step: StatisticsStep) -> tuple[PassProgram, ...]:
+    return gpt_step.texts
 
 
 def paged(plan: Plan, data: dict[str, Any], *, plain_limit: int = page_module.PLAIN_LIMIT) -> str:
@@ -139,8 +103,8 @@ def test_names_and_source_lines_cannot_leave_their_place() -> None:
     ElementTree.fromstring(strip(hostile_plan()))
 
 
-def test_long_data_is_deflated_and_reads_the_same(plan: Plan, data: dict[str, Any], text: str) -> None:
-    packed = paged(plan, data, plain_limit=1000)
+def test_long_data_is_deflated_and_reads_the_same(gpt_plan: Plan, data: dict[str, Any], text: str) -> None:
+    packed = paged(gpt_plan, data, plain_limit=1000)
     assert len(packed) < len(text)
     assert data_of(packed) == data_of(text)
 
@@ -185,10 +149,10 @@ def test_the_page_holds_the_program_after_every_pass(programs: tuple[PassProgram
         assert "\n".join(lines) + "\n" == program.text
 
 
-def test_each_node_is_found_on_its_line(plan: Plan, programs: tuple[PassProgram, ...]) -> None:
+def test_each_node_is_found_on_its_line(gpt_plan: Plan, programs: tuple[PassProgram, ...]) -> None:
     lines = programs[-1].text.splitlines()
     where = node_lines(lines)
-    for node in plan.capture.graph.graph.nodes:
+    for node in gpt_plan.capture.graph.graph.nodes:
         if node.op == "placeholder":
             assert re.match(rf"\s+{node.name}:", lines[where[node.name][0]])
     for name, (first, last) in where.items():
@@ -202,21 +166,21 @@ def boxes_by_title(drawing: list[Any]) -> dict[str, list[Any]]:
 
 
 def test_the_drawing_of_a_layer_names_its_nodes_and_their_lines(
-    plan: Plan, data: dict[str, Any], programs: tuple[PassProgram, ...]
+    gpt_plan: Plan, data: dict[str, Any], programs: tuple[PassProgram, ...]
 ) -> None:
     lines = programs[-1].text.splitlines()
-    matches = {match.key: match for match in plan.matched}
+    matches = {match.key: match for match in gpt_plan.matched}
     for layer, drawing in zip(data["report"]["layers"], data["graphs"], strict=True):
         match, boxes = matches[layer["key"]], boxes_by_title(drawing)
         use = match.uses[0]
-        expected = {"weight": plan.capture.parameter(match.weight).node, "g, output gradient": use.g[0]}
+        expected = {"weight": gpt_plan.capture.parameter(match.weight).node, "g, output gradient": use.g[0]}
         expected |= {"a, input": use.a} if use.a is not None else {}
-        expected["weight gradient"] = plan.capture.gradients[match.weight]
+        expected["weight gradient"] = gpt_plan.capture.gradients[match.weight]
         for title, node in expected.items():
             box = next(box for name, box in boxes.items() if title in name.split(" = "))
             assert box[1].split()[-1] == node.name
             assert any(re.match(rf"\s+{node.name}\b", line) for line in lines[box[4] : box[5] + 1])
-        stored = {f.side for f in plan.factors if f.owner == match.key and f.bytes}
+        stored = {f.side for f in gpt_plan.factors if f.owner == match.key and f.bytes}
         assert {name.split()[1] for name in boxes if name.startswith("new ")} >= stored
         assert {"gradient as a matrix", "direction", "weight direction"} <= set(boxes)
         named = [box[0] for box in drawing[0] if box[3] == 0]
@@ -239,20 +203,20 @@ def _lines(box: list[Any]) -> list[int]:
     return [n for first, last in zip(box[4::2], box[5::2], strict=True) for n in range(first, last + 1)]
 
 
-def test_costs_of_the_rows_add_up_to_the_totals(plan: Plan, data: dict[str, Any]) -> None:
-    every, inverse_every = plan.method.statistics_every, plan.method.inverse_every
+def test_costs_of_the_rows_add_up_to_the_totals(gpt_plan: Plan, data: dict[str, Any]) -> None:
+    every, inverse_every = gpt_plan.method.statistics_every, gpt_plan.method.inverse_every
     per_step = sum(
-        f.flops_apply + f.flops_statistics / every + f.flops_refresh / inverse_every for f in plan.factors
+        f.flops_apply + f.flops_statistics / every + f.flops_refresh / inverse_every for f in gpt_plan.factors
     )
     assert sum(row["per_step"] for row in data["report"]["rows"]) == pytest.approx(per_step)
     assert sum(layer["per_step"] for layer in data["report"]["layers"]) == pytest.approx(per_step)
 
 
-def test_every_skipped_parameter_is_on_the_page_with_reason_and_advice(plan: Plan, text: str) -> None:
+def test_every_skipped_parameter_is_on_the_page_with_reason_and_advice(gpt_plan: Plan, text: str) -> None:
     rows = data_of(text)["skips"]
     shown = {name: row for row in rows for name in row["members"]}
-    assert set(shown) == {skip.parameter for skip in plan.skipped}
-    for skip in plan.skipped:
+    assert set(shown) == {skip.parameter for skip in gpt_plan.skipped}
+    for skip in gpt_plan.skipped:
         assert shown[skip.parameter]["reason"] == skip.reason.value
         assert shown[skip.parameter]["advice"] == skip.advice
 
@@ -270,15 +234,15 @@ def test_the_box_of_skips_says_why_in_words() -> None:
         assert tensors in box and any(detail in box for detail in details)
 
 
-def test_areas_of_the_strip_are_proportional_to_the_dimensions(plan: Plan) -> None:
-    drawing = ElementTree.fromstring(strip(plan))
+def test_areas_of_the_strip_are_proportional_to_the_dimensions(gpt_plan: Plan) -> None:
+    drawing = ElementTree.fromstring(strip(gpt_plan))
     ratios = []
     for link in drawing.iter(f"{SVG}a"):
         key = link.attrib["data-key"]
         for side, css in (("A", "A"), ("G", "G")):
             dims = [
                 f.dim
-                for f in plan.factors
+                for f in gpt_plan.factors
                 if f.owner == key and f.side == side and not f.diagonal and f.count == 1
             ]
             squares = [r for r in link.iter(f"{SVG}rect") if r.get("class") == css]
@@ -289,15 +253,32 @@ def test_areas_of_the_strip_are_proportional_to_the_dimensions(plan: Plan) -> No
     assert max(ratios) < 1.03 * min(ratios)
 
 
-def test_the_strip_has_a_link_for_each_row_and_a_line_for_each_skip(plan: Plan, data: dict[str, Any]) -> None:
-    drawing = ElementTree.fromstring(strip(plan, page="index.html"))
+def test_the_strip_has_a_link_for_each_row_and_a_line_for_each_skip(
+    gpt_plan: Plan, data: dict[str, Any]
+) -> None:
+    drawing = ElementTree.fromstring(strip(gpt_plan, page="index.html"))
     links = list(drawing.iter(f"{SVG}a"))
     rows = data["report"]["rows"]
     assert [link.attrib["href"] for link in links] == [f"index.html#layer/{row['layers'][0]}" for row in rows]
     words = " ".join(drawing.itertext())
-    for skip in plan.skipped:
+    for skip in gpt_plan.skipped:
         assert skip.reason.value in words and skip.advice in words
     assert "proportional" in words
+
+
+def test_every_head_names_what_was_chosen(gpt_plan: Plan, data: dict[str, Any]) -> None:
+    method = kfac_fx.KFAC(statistics_precision="bfloat16")
+    plan = dataclasses.replace(gpt_plan, method=method, without=frozenset({"products", "lengths"}))
+    chosen = ("method kfac", "sharing expand", "fisher empirical")
+    switched = ("statistics of bfloat16 rows", "without lengths, products")
+    html = page(plan, data)
+    header = re.sub(r"<[^>]*>", "", html[html.index("<i>method</i>") : html.index("<i>loss</i>")])
+    report, program = plain_text(header_lines(plan)), about(plan)
+    for text in (header, report, program):
+        assert all(part in text for part in (*chosen, *switched))
+    assert "node captured" not in report and "nodes captured" in report
+    for text in (plain_text(header_lines(gpt_plan)), about(gpt_plan)):
+        assert all(part in text for part in chosen) and "without" not in text and "bfloat16" not in text
 
 
 def test_a_model_without_layers_and_one_without_skips_have_pages() -> None:

@@ -21,9 +21,8 @@ from selenium.webdriver.support.select import Select
 from kfac_fx.contracts import Plan
 from kfac_fx.export.page import page
 from kfac_fx.export.page_data import page_data
-from kfac_fx.export.subject import PassProgram, StatisticsStep, statistics_step
-
-from .test_page import GOLDEN, HOSTILE, hostile_plan, page_of, plan_of
+from kfac_fx.export.subject import PassProgram, StatisticsStep
+from tests.pages import HOSTILE, hostile_plan, page_of
 
 PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
 SWITCHES = (
@@ -43,30 +42,20 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def plan() -> Plan:
-    return plan_of(f"{GOLDEN / 'tiny_gpt.py'}:build")
+def programs(gpt_step: StatisticsStep) -> tuple[PassProgram, ...]:
+    return gpt_step.texts
 
 
 @pytest.fixture(scope="module")
-def step(plan: Plan) -> StatisticsStep:
-    return statistics_step(plan)
-
-
-@pytest.fixture(scope="module")
-def programs(step: StatisticsStep) -> tuple[PassProgram, ...]:
-    return step.texts
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, plan: Plan, step: StatisticsStep) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, gpt_plan: Plan, gpt_step: StatisticsStep) -> Path:
     """Pages by name: `main`, `packed` (deflated) and `hostile`."""
     folder = tmp_path_factory.mktemp("pages")
-    data = page_data(plan, step)
+    data = page_data(gpt_plan, gpt_step)
     with pytest.MonkeyPatch.context() as patch:
-        (folder / "main.html").write_text(page(plan, data))
+        (folder / "main.html").write_text(page(gpt_plan, data), encoding="utf-8")
         patch.setattr("kfac_fx.export.page.PLAIN_LIMIT", 0)
-        (folder / "packed.html").write_text(page(plan, data))
-    (folder / "hostile.html").write_text(page_of(hostile_plan()))
+        (folder / "packed.html").write_text(page(gpt_plan, data), encoding="utf-8")
+    (folder / "hostile.html").write_text(page_of(hostile_plan()), encoding="utf-8")
     return folder
 
 
@@ -174,11 +163,11 @@ def numbers(plan: Plan) -> dict[str, dict[str, float]]:
     return found
 
 
-def test_every_numeric_column_sorts_down_then_up_then_as_before(reader: Reader, plan: Plan) -> None:
+def test_every_numeric_column_sorts_down_then_up_then_as_before(reader: Reader, gpt_plan: Plan) -> None:
     reader.open()
     reader.find("#alike").click()
-    before, values = keys_shown(reader), numbers(plan)
-    assert len(before) == len(plan.matched)
+    before, values = keys_shown(reader), numbers(gpt_plan)
+    assert len(before) == len(gpt_plan.matched)
     names = [name.strip("▾▴") for name in reader.texts("#table > thead button")]
     for column in next(iter(values.values())):
         index = names.index(column)
@@ -191,19 +180,19 @@ def test_every_numeric_column_sorts_down_then_up_then_as_before(reader: Reader, 
         assert keys_shown(reader) == before
 
 
-def test_text_columns_sort_and_keep_numbers_in_names_in_order(reader: Reader, plan: Plan) -> None:
+def test_text_columns_sort_and_keep_numbers_in_names_in_order(reader: Reader, gpt_plan: Plan) -> None:
     reader.open()
     reader.find("#alike").click()
     reader.all("#table > thead button")[0].click()
     names = reader.texts(f"{ROWS} button.open")
     assert names == sorted(names)
-    kinds = {match.key: match.kind for match in plan.matched}
+    kinds = {match.key: match.kind for match in gpt_plan.matched}
     reader.all("#table > thead button")[1].click()
     shown = [kinds[key] for key in keys_shown(reader)]
     assert shown == sorted(shown)
 
 
-def test_the_filter_narrows_layers_and_skips_and_escape_clears_it(reader: Reader, plan: Plan) -> None:
+def test_the_filter_narrows_layers_and_skips_and_escape_clears_it(reader: Reader, gpt_plan: Plan) -> None:
     reader.open()
     everything = len(keys_shown(reader))
     reader.press("/")
@@ -212,16 +201,16 @@ def test_the_filter_narrows_layers_and_skips_and_escape_clears_it(reader: Reader
     assert reader.find("#shown").text == f"1 of {everything} rows"
     reader.press(Keys.ESCAPE)
     assert len(keys_shown(reader)) == everything
-    skip = plan.skipped[0]
+    skip = gpt_plan.skipped[0]
     reader.press(*skip.parameter)
     assert skip.parameter in " ".join(reader.texts("#skiptable tbody tr"))
-    assert len(reader.all("#skiptable tbody tr")) < len(plan.skipped)
+    assert len(reader.all("#skiptable tbody tr")) < len(gpt_plan.skipped)
     reader.press(*" zzz")
     assert reader.texts("#table > tbody .none") == ["No layer fits the filter."]
 
 
 def test_a_layer_opens_to_its_lines_of_the_program(
-    reader: Reader, plan: Plan, programs: tuple[PassProgram, ...]
+    reader: Reader, gpt_plan: Plan, programs: tuple[PassProgram, ...]
 ) -> None:
     reader.open()
     source = programs[-1].text.splitlines()
@@ -232,13 +221,13 @@ def test_a_layer_opens_to_its_lines_of_the_program(
     for number, text in zip(reader.texts(".detail .l .n"), reader.texts(".detail .l"), strict=True):
         assert text.removeprefix(number).strip("\n") == source[int(number) - 1]
     shown = "\n".join(reader.texts(".detail .part .l"))
-    match = next(m for m in plan.matched if m.key == "blocks.0.out.weight")
+    match = next(m for m in gpt_plan.matched if m.key == "blocks.0.out.weight")
     assert f"{match.uses[0].grad.name}: " in shown and f"{match.uses[0].g[0].name}: " in shown
     assert reader.texts(".detail .part summary b") == ["forward", "backward", "statistics", "precondition"]
     facts = " ".join(reader.texts(".detail .facts"))
     assert match.source is not None
     assert match.source.code in facts and f"tiny_gpt.py:{match.source.line}" in facts
-    forms = {factor.form for factor in plan.factors if factor.owner == match.key}
+    forms = {factor.form for factor in gpt_plan.factors if factor.owner == match.key}
     assert all(form in " ".join(reader.texts(".detail .form")) for form in forms)
 
 
@@ -263,9 +252,9 @@ def test_a_click_in_the_strip_opens_the_layer_again_and_again(reader: Reader) ->
     assert "bytes each" in reader.js("return arguments[0].querySelector('title').textContent", link)
 
 
-def test_a_click_in_the_drawing_jumps_to_the_line(reader: Reader, plan: Plan) -> None:
+def test_a_click_in_the_drawing_jumps_to_the_line(reader: Reader, gpt_plan: Plan) -> None:
     reader.open(at="#layer/head.weight")
-    match = next(m for m in plan.matched if m.key == "head.weight")
+    match = next(m for m in gpt_plan.matched if m.key == "head.weight")
     boxes = reader.all(".graph a.box")
     lanes = [box.get_attribute("aria-label").split(":")[0] for box in boxes]
     assert set(lanes) == {"forward", "backward", "statistics", "precondition"}

@@ -1,8 +1,9 @@
 """The folder `passes/`: programs that run, diffs that apply, and names that stay from pass to pass."""
 
 import ast
+import difflib
+import random
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 import kfac_fx
 from kfac_fx.contracts import Plan
-from kfac_fx.export.passes import passes
-from kfac_fx.export.subject import Subject, statistics_step
+from kfac_fx.export.passes import passes, unified
+from kfac_fx.export.subject import PassProgram, Subject, statistics_step
 from kfac_fx.target import Target, load_target
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -268,16 +269,58 @@ def test_names_that_end_a_comment_give_programs_that_are_python() -> None:
     assert r"# parameter a\nb = 1 +.weight" in text
 
 
-def test_the_time_to_write_programs_grows_with_the_nodes_and_not_with_their_square() -> None:
-    """Time of the processor. Four times the nodes: about 4 times as long, where a square would be 16."""
-    seconds = {}
-    for depth in (4, 16):
-        layers = [layer for _ in range(depth) for layer in (nn.Linear(4, 4), nn.Tanh())]
-        model, batch = nn.Sequential(*layers), torch.ones(2, 4)
-        plan = kfac_fx.inspect(model, nn.MSELoss(), batch, batch)
-        target = Target(model=model, loss_fn=nn.MSELoss(), inputs=batch, targets=batch, label="deep")
-        passes(Subject(plan=plan, target=target))  # traces equal layers
-        start = time.process_time()
-        passes(Subject(plan=plan, target=target))
-        seconds[depth] = time.process_time() - start
-    assert seconds[16] < 8 * seconds[4]
+def test_a_program_of_one_layer_says_so_in_the_singular() -> None:
+    batch = torch.ones(2, 3)
+    plan = kfac_fx.inspect(nn.Linear(3, 3), nn.MSELoss(), batch, batch)
+    notes = [text.splitlines()[3] for text in (program.text for program in statistics_step(plan).texts)]
+    assert any(note.endswith(" of 1 layer") for note in notes) and not any("1 layers" in n for n in notes)
+
+
+def program(text: str, file: str = "a.py") -> PassProgram:
+    return PassProgram(name="", file=file, text=text)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_diff_is_the_standard_librarys(seed: int) -> None:
+    """By texts whose lines stand once and keep their order: there is one shortest diff."""
+    draw = random.Random(seed)
+    lines = [f"line {number}" for number in range(draw.choice((0, 1, 12, 60)))]
+    old = [line for line in lines if draw.random() > 0.1]
+    new = [line for line in lines if draw.random() > 0.1]
+    new[draw.randrange(len(new) + 1) :] += ["# ---- added ---"] * draw.randrange(3)
+    wanted = difflib.unified_diff(old, new, "passes/a.py", "passes/b.py", lineterm="")
+    found = unified(program("\n".join(old)), program("\n".join(new), "b.py")).splitlines()
+    assert found[:2] == ["--- passes/a.py", "+++ passes/b.py"]
+    assert found[2:] == list(wanted)[2:]
+
+
+class Line(str):
+    """A line that counts how often it is compared or looked up."""
+
+    looks = 0
+
+    def __eq__(self, other: object) -> bool:
+        Line.looks += 1
+        return str.__eq__(self, other)
+
+    def __hash__(self) -> int:
+        Line.looks += 1
+        return str.__hash__(self)
+
+
+class Text(str):
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        return [Line(line) for line in str.splitlines(self, keepends)]
+
+
+def test_the_work_of_a_diff_grows_with_the_lines_and_not_with_their_square() -> None:
+    """Eight times the layers: 8 times the looks at a line, where a square would be 64."""
+    looks = {}
+    for layers in (20, 160):
+        old = [line for layer in range(layers) for line in (f"a{layer} = mm(x)", "# backward", "")]
+        new = [line for a in old for line in ([a, "# inserted", f"b = {a}"] if "mm" in a else [a])]
+        Line.looks = 0
+        text = unified(program(Text("\n".join(old))), program(Text("\n".join(new))))
+        looks[layers] = Line.looks
+        assert text.count("\n+") > 2 * layers
+    assert looks[160] < 10 * looks[20]

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from torch import nn
 from torch.fx import GraphModule
+from torch.utils.flop_counter import FlopCounterMode
 
 import kfac_fx
 from kfac_fx import report
@@ -23,6 +25,8 @@ from kfac_fx.contracts import Plan
 from kfac_fx.errors import Reason, UnknownNameError
 from kfac_fx.instrument import instrument
 from kfac_fx.report import cells, rows, table, text
+from kfac_fx.report.difference import difference
+from kfac_fx.report.difference_text import difference_lines
 from kfac_fx.report.lines import plain_text
 from kfac_fx.report.program import WIDTH, wrapped
 from kfac_fx.target import load_target
@@ -83,8 +87,8 @@ def parsed_rows(rendered: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def plan() -> Plan:
-    return make_plan()
+def plan(gpt_plan: Plan) -> Plan:
+    return gpt_plan
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +129,89 @@ def test_the_document_is_the_saved_one(plan: Plan) -> None:
 @pytest.mark.parametrize("name", ["tiny_resnet", "tiny_moe"])
 def test_a_terminal_shows_the_saved_text(name: str, others: dict[str, Plan]) -> None:
     assert narrow(others[name]) == (GOLDEN / f"{name}.txt").read_text()
+
+
+def dense(n: int, size: int, other: int, *, count: int = 1, borrowed: bool = False) -> tuple[int, ...]:
+    """Of a square factor: dim, count, bytes of float32, FLOPs of statistics, inverse and product.
+
+    It is stored with its inverse; another layer's A is neither stored nor computed again. A multiply-add
+    counts 2. other: width of the gradient's other side.
+    """
+    stored = 4 * count * size**2
+    computed = 0 if borrowed else 2 * n * count * size**2
+    return (
+        size,
+        count,
+        stored * (1 if borrowed else 2),
+        computed,
+        count * size**3,
+        2 * count * size**2 * other,
+    )
+
+
+def expected_factors(name: str, module: nn.Module, n: int) -> dict[str, tuple[int, ...]]:
+    """The factors of a module of `golden/tiny_gpt.py`, whose batches have n positions, by hand."""
+    if isinstance(module, nn.Embedding):  # A is a vector of counts, and divides the gradient entry by entry
+        a, g = module.num_embeddings, module.embedding_dim
+        return {"A": (a, 1, 2 * 4 * a, n, 2 * a, a * g), "G": dense(n, g, a)}
+    if isinstance(module, nn.LayerNorm):  # a 2 x 2 block of scale and shift for each channel
+        (c,) = module.normalized_shape
+        return {"F": (2, c, 2 * 4 * 4 * c, 2 * n * 4 * c, 8 * c, 2 * 4 * c)}
+    assert isinstance(module, nn.Linear | nn.Conv1d)
+    count = module.groups if isinstance(module, nn.Conv1d) else 1
+    bias = module.bias is not None and module.bias.requires_grad
+    a, g = module.weight[0].numel() + bias, len(module.weight) // count
+    shared = name.endswith((".k", ".v"))  # they read what q reads
+    first = dense(n, a, g, count=count, borrowed=shared)
+    if isinstance(module, nn.Conv1d):  # the column of its bias holds sums of patches, and is no product
+        first = (*first[:3], 2 * n * count * (a - bias) ** 2, *first[4:])
+    return {"A": first, "G": dense(n, g, a, count=count)}
+
+
+def test_the_numbers_of_the_saved_document_are_those_of_the_model() -> None:
+    target = load_target(str(GOLDEN / "tiny_gpt.py"))
+    saved, n = json.loads((GOLDEN / "tiny_gpt.json").read_text()), target.inputs.numel()
+    modules = {name: m for name, m in target.model.named_modules() if list(m.parameters(recurse=False))}
+    names = ("dim", "count", "bytes", "flops_statistics", "flops_refresh", "flops_apply")
+    for layer in saved["layers"]:
+        module = modules.pop(layer["name"])
+        found = {factor["side"]: tuple(factor[f] for f in names) for factor in layer["factors"]}
+        assert found == expected_factors(layer["name"], module, n), layer["name"]
+        trained = [p.numel() for p in module.parameters() if p.requires_grad]
+        assert (layer["numel"], layer["rows"]) == (sum(trained), n)
+        owners = {factor["shared_with"] for factor in layer["factors"]} - {None}
+        assert owners == ({layer["key"][:-8] + "q.weight"} if layer["name"].endswith((".k", ".v")) else set())
+    assert list(modules) == [""]  # holds the two parameters that no layer has
+    with FlopCounterMode(display=False) as counter:
+        target.loss_fn(target.model(target.inputs), target.targets).backward()
+    assert saved["totals"]["flops_model"] == counter.get_total_flops()
+    parameters = {name: p.numel() for name, p in target.model.named_parameters() if p.requires_grad}
+    numbers = saved["totals"]["parameters"]
+    assert numbers["trainable"] == sum(parameters.values())
+    assert numbers["skipped"] == parameters["spare"] + parameters["temperature"]
+    assert {skip["parameter"] for skip in saved["skips"]} == {"spare", "temperature", "head.bias"}
+
+
+ODD = "odd\x0b\x1b[31m\x07name"
+
+
+@pytest.mark.parametrize("width", [None, 60, 120])
+def test_nothing_that_a_terminal_would_act_on_is_printed(plan: Plan, width: int | None) -> None:
+    """Names and lines of the model are its user's, and may hold any character."""
+    first, *rest = plan.matched
+    source = dataclasses.replace(first.source, code=f"x = self.{ODD}(x)")
+    layer = dataclasses.replace(first, name=ODD, source=source)
+    skip = dataclasses.replace(plan.skipped[0], parameter=f"{ODD} alone", detail=f"of {ODD}", source=source)
+    matches = dataclasses.replace(plan.matches, matched=(layer, *rest), skipped=(skip,))
+    subject = dataclasses.replace(plan, matches=matches)
+    for options in ({"advice": True}, {"layer": "*"}):
+        lines = plain_text(text.report_lines(subject, width=width, **options)).split("\n")
+        assert all(line.isprintable() for line in lines)
+        assert r"odd\x0b\x1b[31m\x07name" in "".join(line.strip() for line in lines)
+        assert width is None or max(map(len, lines)) <= width
+    changed = difference(report.document(plan), report.document(subject))
+    lines = plain_text(difference_lines(changed, names=("a", "b"), width=width)).split("\n")
+    assert all(line.isprintable() for line in lines) and r"\x1b[31m" in "".join(lines)
 
 
 def test_norms_of_several_widths_share_a_row(others: dict[str, Plan]) -> None:
@@ -183,6 +270,8 @@ def test_repeated_layers_share_a_row(plan: Plan) -> None:
     [
         (["a.0", "a.1", "a.2", "a.5"], ["a.[0-2,5]"]),
         (["a.9", "a.10"], ["a.[9-10]"]),
+        ([f"a.{i}" for i in (0, 3, 6, 9, 10, 12)], ["a.[0-9:3,10,12]"]),
+        ([f"a.{i}" for i in range(0, 300, 2)], ["a.[0-298:2]"]),
         (["a.0.w", "a.1.w", "b.2.w"], ["a.[0-1].w", "b.2.w"]),
         (["a.0.0", "a.0.1", "a.1.0", "a.1.1"], ["a.[0-1].[0-1]"]),
         (["a.0.b.0", "a.1.b.0", "a.1.b.1", "a.2.b.0", "a.2.b.1"], ["a.0.b.0", "a.[1-2].b.[0-1]"]),

@@ -24,13 +24,15 @@ from kfac_fx.export.subject import Subject
 from kfac_fx.match import match
 from kfac_fx.methods import METHODS
 from kfac_fx.plan import make_plan
-from kfac_fx.report.difference import difference
+from kfac_fx.report.difference import difference, difference_json
 from kfac_fx.report.difference_text import difference_lines
 from kfac_fx.report.document import SCHEMA_FILE
 from kfac_fx.report.lines import plain_text
 from kfac_fx.report.saved import read_report
 from kfac_fx.target import Target, load_target
-from kfac_fx.types import Sharing
+from kfac_fx.types import Matches, Sharing, Source
+from kfac_fx.verification.document import document as verification_document
+from kfac_fx.verification.records import LayerVerdict, Verification
 from kfac_fx_cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +130,10 @@ def path_of_a_machine(document: Document) -> None:
     document["layers"][0]["source"]["file"] = "/home/someone/model.py"
 
 
+def path_of_windows(document: Document) -> None:
+    document["layers"][0]["source"]["file"] = "C:\\Users\\someone\\model.py"
+
+
 def factor_without_side(document: Document) -> None:
     del document["layers"][0]["factors"][0]["side"]
 
@@ -142,6 +148,7 @@ def factor_without_side(document: Document) -> None:
         negative_bytes,
         unknown_reason,
         path_of_a_machine,
+        path_of_windows,
         factor_without_side,
     ],
 )
@@ -183,6 +190,54 @@ def test_rows_hold_every_layer_once_and_add_up(good: Document) -> None:
     keys = [key for row in good["rows"] for key in row["layers"]]
     assert sorted(keys) == sorted(layer["key"] for layer in good["layers"])
     assert sum(row["cost"]["bytes"] for row in good["rows"]) == good["totals"]["cost"]["bytes"]
+
+
+def test_settings_that_json_does_not_have_are_text_and_nothing_else_is(plan: Plan) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(kfac_fx.KFAC):
+        kept_in: torch.dtype = torch.bfloat16
+        weights: tuple[float, ...] = (1.0, float("inf"))
+
+    found = report.document(dataclasses.replace(plan, method=Own()))["method"]["hyperparameters"]
+    assert found["kept_in"] == "torch.bfloat16" and found["weights"] == [1.0, "inf"]
+    with pytest.raises(TypeError):
+        report.document(dataclasses.replace(plan, sharing=object()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_json_does_not_have_is_refused(plan: Plan, good: Document, value: float) -> None:
+    found = difference(good, good)
+    for write in (
+        lambda: report.document(dataclasses.replace(plan, model_flops=value)),
+        lambda: difference(good, copy.deepcopy(good) | {"fisher": value}),
+        lambda: difference_json(found | {"same": value}),
+    ):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write()
+
+
+@pytest.mark.parametrize("folder", ["/home/someone/", "C:\\Users\\someone\\", "C:\\Users/some one/", ""])
+def test_no_folder_of_any_system_is_in_a_report(plan: Plan, folder: str) -> None:
+    source = Source(file=f"{folder}net.py", line=3, code="  y = self.fc(x)")
+    assert str(source) == "net.py:3"
+    matched = tuple(dataclasses.replace(match, source=source) for match in plan.matched)
+    skipped = tuple(dataclasses.replace(skip, source=source) for skip in plan.skipped)
+    moved = dataclasses.replace(plan, matches=Matches(matched=matched, skipped=skipped))
+    document = report.document(moved)
+    verified = verification_document(
+        Verification(
+            plan=moved,
+            layers=(LayerVerdict(layer=matched[0], rows="graph", checks=()),),
+            whole=(),
+            precision="float64",
+            note="",
+            seconds=0.0,
+            render=str,
+        )
+    )
+    for entry in (*document["layers"], *document["skips"], *verified["layers"]):
+        assert entry["source"] == {"file": "net.py", "line": 3, "code": "y = self.fc(x)"}
+    assert "someone" not in report.render(moved) and "net.py:3" in report.render(moved)
 
 
 # --- environment.json ---
@@ -277,6 +332,15 @@ def test_points_and_percentages_of_a_difference_have_the_same_precision(plan: Pl
     totals = lines[lines.index("total ") :]
     changes = re.findall(r"[+-][\d,]+\.(\d+)(?:%| points)$", totals, re.MULTILINE)
     assert " points" in totals and len(changes) > 2 and {len(digits) for digits in changes} == {1}
+
+
+def test_a_difference_rounds_no_coverage_to_all_or_nothing(good: Document) -> None:
+    pair = [copy.deepcopy(good), copy.deepcopy(good)]
+    for document, coverage in zip(pair, (0.9997, 0.0002), strict=True):
+        document["totals"]["coverage"] = coverage
+    lines = plain_text(difference_lines(difference(*pair), names=("a", "b"))).splitlines()
+    (matched,) = [line.split() for line in lines if line.startswith("matched")]
+    assert matched[1:3] == [">99.9%", "<0.1%"]
 
 
 def run(*arguments: str) -> Result:

@@ -106,7 +106,7 @@ def test_without_output_the_plot_is_spectrum_png_here(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-o", "spectrum.pdf"], "must end in .png, .svg, .json"),
+        (["-o", "spectrum.pdf"], "must end in .png, .svg or .json"),
         (["--steps", "0", "--json"], "use at least 1"),
         (["--method", "kfca", "--json"], "Did you mean"),
         (["--layer", "nothing", "--steps", "1", "--json"], "no layer fits 'nothing'"),
@@ -117,10 +117,28 @@ def test_an_error_is_one_message(target: str, options: list[str], message: str) 
     assert result.exit_code == 1 and result.stdout == "" and message in result.stderr
 
 
+def test_a_target_that_fails_leaves_no_file_and_no_folder(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("def build():\n    return 1 / 0\n")
+    for file in ("new.svg", "deep/deeper/new.svg", "deep/new.json"):
+        assert run(str(bad), "-o", str(tmp_path / file)).exit_code == 1
+    assert [found.name for found in tmp_path.iterdir() if found.name != "__pycache__"] == ["bad.py"]
+
+
+def test_a_model_that_cannot_be_copied_is_one_message(tmp_path: Path) -> None:
+    file = tmp_path / "locked.py"
+    own = "    model[0].lock = threading.Lock()\n    return model, "
+    file.write_text("import threading\n" + TARGET.replace("    return model, ", own))
+    result = run(str(file), "--json")
+    assert (
+        result.exit_code == 1 and result.stdout == "" and "Pass a model that was built anew" in result.stderr
+    )
+
+
 def test_without_matplotlib_a_plot_is_refused_before_the_training(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kfac_fx.spectra.files.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("kfac_fx.outfile.importlib.util.find_spec", lambda name: None)
     result = run(target, "-o", str(tmp_path / "spectrum.png"))
-    assert result.exit_code == 1 and 'pip install ".[benchmarks]"' in result.stderr
+    assert result.exit_code == 1 and 'pip install "matplotlib' in result.stderr
     assert not (tmp_path / "spectrum.png").exists()

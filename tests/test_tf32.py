@@ -63,6 +63,21 @@ def test_tf32_is_off_inside_and_comes_back_after_an_error_however_it_was_allowed
         assert flags() == before
 
 
+def test_contexts_of_threads_that_overlap_leave_tf32_off_until_the_last_ends() -> None:
+    allow("high")
+    before, inside = flags(), ("ieee", "ieee", "highest")
+    first, second = precision.full_float32(CUDA), precision.full_float32(CUDA)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # not that which was entered last: the threads do not know of each other
+    assert flags()[:3] == inside
+    with precision.full_float32(CUDA):
+        assert flags()[:3] == inside
+    assert flags()[:3] == inside
+    second.__exit__(None, None, None)
+    assert flags() == before
+
+
 class Seen(TorchDispatchMode):
     """Products in their order, with the flags that each met."""
 
@@ -103,7 +118,7 @@ def test_inserted_products_meet_full_float32_and_the_models_own_do_not(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, tensors = program(form, torch.float32)
-    changed = lower.in_full_float32(module)
+    changed = lower.with_full_float32(module)
     wanted = module(*tensors)
     assert not inserted(changed, lambda target: target.startswith(PRODUCTS))
     count = len(inserted(module, lambda target: target.startswith(PRODUCTS)))
@@ -133,14 +148,14 @@ def test_inserted_products_meet_full_float32_and_the_models_own_do_not(
 
 def test_products_of_float64_stay() -> None:
     module, _ = program("convolution", torch.float64)
-    changed = lower.in_full_float32(module)
+    changed = lower.with_full_float32(module)
     assert [str(n.target) for n in changed.graph.nodes] == [str(n.target) for n in module.graph.nodes]
 
 
 def test_the_program_that_is_read_is_not_changed() -> None:
     module, _ = program("convolution", torch.float32)
     before = module.print_readable(print_output=False)
-    lower.in_full_float32(module)
+    lower.with_full_float32(module)
     assert module.print_readable(print_output=False) == before and "kfac_fx.mm" not in before
 
 

@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -272,6 +273,31 @@ def test_a_method_with_the_quadratic_model_is_refused_and_the_file_says_why() ->
         files = train_step(Subject(plan=plan, target=target))
     with pytest.raises(SystemExit, match="quadratic_model=False"):
         exec(files["train_step.py"], {})
+
+
+class Clipped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x: Tensor, options: dict[str, float]) -> Tensor:
+        return self.layer(x).clamp(options["least"], options["most"])
+
+
+def test_numbers_of_the_batch_that_are_not_finite_are_written_and_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(4, 2), "options": {"least": -math.inf, "most": math.inf, "unused": math.nan}}
+    model, targets = Clipped(), torch.randn(4, 1)
+    plan = kfac_fx.inspect(model, F.mse_loss, inputs, targets)
+    target = Target(model=model, loss_fn=F.mse_loss, inputs=inputs, targets=targets, label="")
+    (tmp_path / "train_step.py").write_text(str(export_train_step(plan, target)["train_step.py"]))
+    module = loaded(tmp_path)
+    assert {**module.random_batch()[0]["options"], "unused": 0} == {**inputs["options"], "unused": 0}
+    assert [tensor is inputs["x"] for tensor in module.tensors_of(inputs, targets).values()][0]
+    for name in ("least", "most", "unused"):
+        other = {**inputs, "options": {**inputs["options"], name: 0.5}}
+        with pytest.raises(ValueError, match=rf'made with inputs\["options"\]\["{name}"\] = -?(inf|nan)'):
+            module.tensors_of(other, targets)
 
 
 AWKWARD = ("plain", "é漢", "ö", "a\nb", "back\\", 'three"""', 'end"', "a_b", "mapping", "none", "valueError")

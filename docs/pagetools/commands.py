@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import torch
 from typer.testing import CliRunner
@@ -28,7 +29,7 @@ from pagetools.blocks import Block, PageError
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 120  # seconds
-_TERMINAL = {"COLUMNS": "110", "NO_COLOR": "1"}
+_TERMINAL = {"COLUMNS": "110", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
 _FILES = ("cat", "head", "ls", "diff")
 
 
@@ -68,7 +69,7 @@ def run_program(
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **_TERMINAL, **(environment or {})}
     try:
         done = subprocess.run(
-            words, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, env=variables
+            words, cwd=folder, capture_output=True, encoding="utf-8", timeout=TIMEOUT, env=variables
         )
     except FileNotFoundError as error:
         return f"there is no {words[0]}: {error}\n", 127
@@ -94,7 +95,7 @@ def can_fork() -> bool:
 
 def forked(words: list[str], folder: Path) -> tuple[str, int]:
     """What `python WORDS` prints, and its exit code, as `run_program` has them."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, _may_fork():
+    with _utf8() as out, _utf8() as err, _may_fork():
         files = (out.fileno(), err.fileno())
         process = multiprocessing.get_context("fork").Process(target=_as_main, args=(words, folder, files))
         process.start()
@@ -109,6 +110,10 @@ def forked(words: list[str], folder: Path) -> tuple[str, int]:
         return out.read() + (err.read() if code else ""), code
 
 
+def _utf8() -> IO[str]:
+    return tempfile.TemporaryFile("w+", encoding="utf-8")
+
+
 @contextlib.contextmanager
 def _may_fork() -> Iterator[None]:
     """Without Python's warning that other threads are not copied: none of ours hold a lock."""
@@ -121,7 +126,7 @@ def _as_main(words: list[str], folder: Path, files: tuple[int, int]) -> None:
     """In the new process: streams, arguments, path and modules as `python FILE` has them; then FILE."""
     os.dup2(files[0], 1)
     os.dup2(files[1], 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))
     os.chdir(folder)
     os.environ.update(_TERMINAL)
     torch.set_num_threads(1)

@@ -52,12 +52,12 @@ def loaded_from_elsewhere(site: Path) -> list[str]:
     for file in sorted(site.rglob("*")):
         if file.suffix == ".html":
             parser = _Loads()
-            text = file.read_text()
+            text = file.read_text(encoding="utf-8")
             parser.feed(text)
             styles = re.findall(r"<style.*?</style>", text, re.DOTALL)
             addresses = parser.found + [a for style in styles for a in _IN_STYLE.findall(style)]
         elif file.suffix == ".css":
-            addresses = _IN_STYLE.findall(file.read_text())
+            addresses = _IN_STYLE.findall(file.read_text(encoding="utf-8"))
         else:
             continue
         found += [f"{file.relative_to(site)}: {address}" for address in addresses]

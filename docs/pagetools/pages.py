@@ -97,7 +97,7 @@ def _excerpt(value: str, folder: Path, place: str) -> str:
     if not file.is_file():
         written = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.*") if "examples" not in p.parts)
         raise PageError(f"{place}: nothing wrote {wanted['file']}; there are {written}.")
-    lines = file.read_text().splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     start = next((i for i, line in enumerate(lines) if re.search(wanted["start"], line)), None)
     if start is None:
         raise PageError(f"{place}: no line of {wanted['file']} fits /{wanted['start']}/.")

@@ -73,7 +73,7 @@ class Page:
         path = self.folder / str(block.title)
         path.parent.mkdir(parents=True, exist_ok=True)
         compile(block.code, block.place, "exec")
-        path.write_text(block.code)
+        path.write_text(block.code, encoding="utf-8")
 
     def _python(self, block: Block) -> str:
         if block.small:
@@ -119,12 +119,12 @@ class Page:
         lines = block.code.splitlines(keepends=True)
         old = "".join(line[1:] for line in lines if line[0] in " -")
         new = "".join(line[1:] for line in lines if line[0] in " +")
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if text.count(old) != 1:
             raise PageError(
                 f"{block.place}: {block.title} has these lines {text.count(old)} times, not once."
             )
-        path.write_text(text.replace(old, new))
+        path.write_text(text.replace(old, new), encoding="utf-8")
 
     def _json(self, block: Block) -> None:
         try:
@@ -177,7 +177,7 @@ def _older_objects_left_alone() -> Iterator[None]:
 @contextlib.contextmanager
 def _same_numbers() -> Iterator[None]:
     """Pages print the same numbers whenever they run: seeds and one thread, put back afterwards."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    threads, state, pythons = torch.get_num_threads(), torch.get_rng_state(), random.getstate()
     torch.manual_seed(0)
     random.seed(0)
     torch.set_num_threads(1)
@@ -186,3 +186,4 @@ def _same_numbers() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(state)
+        random.setstate(pythons)

@@ -7,7 +7,7 @@ program that it names:
   make              with --dry-run: it reads the Makefile, resolves the target, and prints its commands
   pip               with --dry-run, of this project alone: its metadata are built, nothing is installed
   git clone         of this repository, where it is one
-  .ci/run           with a make that does dry runs, and tools that print how they are called
+  .ci/run           with a make that does dry runs
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import re
 import shlex
 import shutil
-import stat
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -98,7 +97,7 @@ def _repository(folder: Path) -> Path:
             shutil.copy2(file, copy)
         for room in ("kfac_fx", "cli", "examples", "tests/benchmarks", ".ci"):
             shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
-        (copy / "tiny.py").write_text(TINY)
+        (copy / "tiny.py").write_text(TINY, encoding="utf-8")
     return copy
 
 
@@ -123,7 +122,7 @@ def _make(words: list[str], folder: Path, place: str) -> None:
 
 
 def _pip(words: list[str], folder: Path, place: str) -> None:
-    text = (folder / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
+    text = (folder / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
     extras = re.findall(r"^(\w+) = \[", text.split("\n[")[0], re.MULTILINE)
     for name in re.findall(r"\w+", "".join(re.findall(r"\.\[([\w,]+)\]", " ".join(words)))):
         if name not in extras:  # pip only warns, and not even that without dependencies
@@ -151,15 +150,8 @@ def _cd(words: list[str], folder: Path, place: str) -> None:
 
 
 def _ci(words: list[str], folder: Path, place: str) -> None:
-    script = folder / ".ci" / "run"
-    tools = re.findall(r"^\.venv/bin/(\w+)", script.read_text(), re.MULTILINE)
-    (folder / ".venv" / "bin").mkdir(parents=True)
-    for tool in tools:
-        stand_in = folder / ".venv" / "bin" / tool
-        stand_in.write_text('#!/bin/sh\necho "$0 $@"\n')
-        stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
-    printed = _program([str(script)], folder, place, MAKEFLAGS="--dry-run")
-    for part in (MAKES["test"], MAKES["docs"], "ruff format --check", "ruff check", "pyright"):
+    printed = _program([str(folder / ".ci" / "run")], folder, place, MAKEFLAGS="--dry-run")
+    for part in (MAKES["test"], MAKES["docs"], MAKES["lint"], "ruff format --check", "pyright"):
         _has(printed, part, place)
 
 

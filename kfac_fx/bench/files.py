@@ -6,12 +6,11 @@ Enters: a report and a path. Leaves: files, and their paths.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from pathlib import Path
 
 from kfac_fx.bench.document import to_json
 from kfac_fx.bench.records import PHASES, BenchReport
-from kfac_fx.errors import KfacFxError
+from kfac_fx.outfile import can_draw, check_writable, writing
 
 _COLORS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7")
 _WHOLE = "#BBBBBB"
@@ -20,41 +19,26 @@ _WIDE, _THIN = 0.45, 0.2
 
 def check_files(file: Path) -> None:
     """Raise `KfacFxError` if `save` could not write there: to be asked before a long measurement."""
-    if file.suffix not in (".json", ".png"):
-        raise KfacFxError(f"cannot write {file}: its name must end in .json or .png.")
-    if file.suffix == ".png" and not _has_matplotlib():
-        raise KfacFxError(
-            f'cannot draw {file}: matplotlib is not installed. Run pip install ".[benchmarks]", or name a '
-            ".json file."
-        )
-    document = file.with_suffix(".json")
-    there = document.exists()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with document.open("a", encoding="utf-8"):
-            pass
-        if not there:
-            document.unlink()
-    except OSError as error:
-        raise KfacFxError(f"cannot write {file}: {error.strerror}. Choose another file.") from error
+    check_writable(file, endings=(".json", ".png"))
+    for written in _files(file):
+        check_writable(written, endings=(written.suffix,))
 
 
 def save(report: BenchReport, file: Path) -> tuple[Path, ...]:
     """Write `file` as .json and, if matplotlib is installed, as .png; their paths."""
     check_files(file)
-    document, picture = file.with_suffix(".json"), file.with_suffix(".png")
-    try:
+    document, *pictures = _files(file)
+    with writing(document):
         document.write_text(to_json(report) + "\n", encoding="utf-8")
-        if not _has_matplotlib():
-            return (document,)
-        draw(report, picture)
-    except OSError as error:
-        raise KfacFxError(f"cannot write {file}: {error.strerror}. Choose another file.") from error
-    return document, picture
+    for picture in pictures:
+        with writing(picture):
+            draw(report, picture)
+    return document, *pictures
 
 
-def _has_matplotlib() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
+def _files(file: Path) -> tuple[Path, ...]:
+    document, picture = file.with_suffix(".json"), file.with_suffix(".png")
+    return (document, picture) if can_draw() else (document,)
 
 
 def draw(report: BenchReport, file: Path) -> None:

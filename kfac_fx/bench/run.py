@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -125,7 +124,7 @@ def _made(
     left_out: dict[str, str] = {}
     for label, make in makers.items():
         say(f"compiling {label}")
-        twin = copy.deepcopy(model)
+        twin = guards.copied(model, "bench")
 
         def first_runs(label: str = label, make: Make = make, twin: nn.Module = twin) -> None:
             contenders[label] = make(twin)

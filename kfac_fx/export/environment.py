@@ -36,17 +36,8 @@ def environment_document(plan: Plan, target: Target) -> dict[str, Any]:
     capture = plan.capture
     return {
         "schema": SCHEMA,
-        "versions": {
-            "kfac_fx": version(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda,
-        },
-        "platform": {
-            "system": platform.system(),
-            "machine": platform.machine(),
-            "python_implementation": platform.python_implementation(),
-        },
+        "versions": _versions(),
+        "platform": _platform(),
         "device": _device(plan),
         "threads": {
             "torch": torch.get_num_threads(),
@@ -73,6 +64,23 @@ def environment_document(plan: Plan, target: Target) -> dict[str, Any]:
         "inputs": _tensors(capture.inputs),
         "targets": _tensors(capture.targets),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "kfac_fx": version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _platform() -> dict[str, str]:
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "python_implementation": platform.python_implementation(),
     }
 
 

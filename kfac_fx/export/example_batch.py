@@ -15,6 +15,7 @@ from kfac_fx.batch import flatten_batch
 from kfac_fx.contracts import Plan
 from kfac_fx.errors import ExportError
 from kfac_fx.export.layer_sections import quoted
+from kfac_fx.export.settings_text import literal
 from kfac_fx.wording import with_article
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -66,7 +67,7 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
     """(expression, leaf) in the order in which the programs take them."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _leaves(item, f"{place}[{quoted(key) if isinstance(key, str) else repr(key)}]")
+            yield from _leaves(item, f"{place}[{literal(key)}]")
     elif type(value) in (tuple, list):
         for index, item in enumerate(value):
             yield from _leaves(item, f"{place}[{index}]")
@@ -77,7 +78,8 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 
 def _constant(place: str, value: Any) -> Iterator[str]:
-    yield f"    if {place} != {value!r}:"
+    """The batch has to hold this value; only nan differs from itself."""
+    yield f"    if {place} == {place}:" if value != value else f"    if {place} != {literal(value)}:"
     message = f"this file was made with {place} = {value!r}"
     yield f"        raise ValueError({message!r})"
 
@@ -89,19 +91,12 @@ def _shape(tensor: Tensor) -> str:
 def _random(value: Any) -> str:
     """An expression for a random value like this one."""
     if isinstance(value, Mapping):
-        return (
-            "{"
-            + ", ".join(
-                f"{quoted(key) if isinstance(key, str) else repr(key)}: {_random(item)}"
-                for key, item in value.items()
-            )
-            + "}"
-        )
+        return "{" + ", ".join(f"{literal(key)}: {_random(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple):
         return "(" + "".join(f"{_random(item)}, " for item in value).strip() + ")"
     if isinstance(value, list):
         return "[" + ", ".join(map(_random, value)) + "]"
-    return _random_tensor(value) if isinstance(value, Tensor) else repr(value)
+    return _random_tensor(value) if isinstance(value, Tensor) else literal(value)
 
 
 def _random_tensor(tensor: Tensor) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kfac_fx.contracts import Plan
-from kfac_fx.errors import ExportError, ExportWarning, KfacFxError
+from kfac_fx.errors import KfacFxError
 from kfac_fx.export.environment import environment
 from kfac_fx.export.page import pages
 from kfac_fx.export.passes import passes
@@ -49,26 +49,26 @@ def check_folder(folder: Path) -> None:
 def save(plan: Plan, target: Target, folder: Path) -> tuple[Path, ...]:
     """Write all parts. Returns the paths of what was written, in order.
 
-    target: the model and batch that the plan was made of. A part that fails does not cost the others:
-    `ExportError` is an `ExportWarning` here, any other error is raised when the others are written. Raises
-    `KfacFxError` if the folder cannot be written.
+    target: the model and batch that the plan was made of. A part that fails does not cost the others: its
+    error is raised when they are written. Of several errors the first is raised, and each other is a warning.
+    Raises `KfacFxError` if the folder cannot be written.
     """
     check_folder(folder)
     subject = Subject(plan=plan, target=target)
     written: list[Path] = []
-    failures: list[Exception] = []
+    failures: list[tuple[str, Exception]] = []
     for part in PARTS:
         try:
             contents = part(subject)
-        except ExportError as error:
-            message = f"{part.__name__} was not written: {error}"
-            warnings.warn(ExportWarning(message, file=part.__name__), stacklevel=2)
         except Exception as error:
-            failures.append(error)
+            failures.append((part.__name__, error))
         else:
             written += [_write(folder / name, content) for name, content in contents.items()]
+    for name, error in failures[1:]:
+        message = f"{name} was not written either: {type(error).__name__}: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     if failures:
-        raise failures[0]
+        raise failures[0][1]
     return tuple(written)
 
 

@@ -22,7 +22,7 @@ from kfac_fx.export.page_data import page_data
 from kfac_fx.export.strip import strip
 from kfac_fx.export.subject import Subject
 from kfac_fx.report.numbers import bytes_text, flops_text, part_text, share_text, tensors_text
-from kfac_fx.report.rows import Totals, totals
+from kfac_fx.report.rows import Totals, settings, totals
 from kfac_fx.report.skips import SkipRow, skip_rows
 from kfac_fx.wording import counted
 
@@ -92,9 +92,7 @@ def _settings(plan: Plan) -> str:
     """Method and what else was chosen."""
     nodes = len(plan.capture.graph.graph.nodes)
     parts = (
-        ("method", plan.method.name),
-        ("sharing", plan.sharing),
-        ("fisher", plan.fisher),
+        *settings(plan),
         ("captured", counted(nodes, "node")),
         ("loss", plan.capture.loss_info.note),
     )

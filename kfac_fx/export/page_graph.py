@@ -7,7 +7,7 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import final
 
 from torch.fx import Node
@@ -42,14 +42,16 @@ class Surveyor:
         nodes = program.module.graph.nodes
         self._nodes = {node.name: node for node in nodes}
         self._order = {node: place for place, node in enumerate(nodes)}
-        captured = list(plan.capture.graph.graph.nodes)
-        behind = captured[captured.index(plan.capture.loss) + 1 :]
-        self._backward = {node.name for node in (*plan.capture.backward, *behind)}
+        self._backward = frozenset(node.name for node in nodes if node.meta.get("kfac_fx_backward"))
         returned = program.returned(_returned(program.module.graph.output_node()))
-        self._new_state, self._directions = returned.state, returned.gradients
+        self._directions = returned.gradients
+        self._new_state: dict[str, dict[str, Node]] = {}  # by layer and name
+        for (owner, name), node in returned.state.items():
+            self._new_state.setdefault(owner, {})[name] = node
         first_state = len(plan.capture.graph.graph.find_nodes(op="placeholder"))
         placeholders = program.module.graph.find_nodes(op="placeholder")
         self._states = frozenset(placeholders[first_state : first_state + len(program.state_inputs)])
+        self._factors = self._states.union(returned.state.values())
         self._preconditions = self._splices()
 
     def around(self, match: LayerMatch) -> Neighbourhood:
@@ -124,16 +126,19 @@ class Surveyor:
 
     def _statistics(self, match: LayerMatch) -> list[Node]:
         """Inserted nodes that make the layer's new state, the shared A of another layer included."""
-        owners = {match.key, match.shared_a}
         ends = [
-            node
-            for key, node in self._new_state.items()
-            if key[0] in owners and state_owner(self._plan, match, key[1]) == key[0]
+            node for owner, name, node in self._new_of(match) if state_owner(self._plan, match, name) == owner
         ]
         found = {end for end in ends if is_inserted(end)}
         for end in ends:
             found |= ancestors(end, lambda n: _is_fold(n) or _is_factor(n))
         return sorted(found, key=self._order.__getitem__)
+
+    def _new_of(self, match: LayerMatch) -> Iterator[tuple[str, str, Node]]:
+        """(layer, name, node) of the new state of the layer that owns its A, and of its own."""
+        for owner in dict.fromkeys((match.shared_a, match.key)):
+            for name, node in self._new_state.get(owner, {}).items():
+                yield owner, name, node
 
     def _state_keys(
         self, match: LayerMatch, statistics: Sequence[Node], precondition: Sequence[Node]
@@ -145,8 +150,9 @@ class Surveyor:
                 name, _, owner = label_of(state).partition(" of ")
                 shared = f" of {owner}" if owner != match.key else ""
                 keys[state] = (f"stored {name}{shared}", lane)
-        for (owner, name), node in self._new_state.items():
-            if node in statistics and owner in (match.key, match.shared_a):
+        written = frozenset(statistics)
+        for _, name, node in self._new_of(match):
+            if node in written:
                 keys[node] = (f"new {name}", STATISTICS)
                 for batch in ancestors(node, lambda n: _is_fold(n) or _is_factor(n)):
                     if _is_factor(batch) and any(_is_fold(user) for user in batch.users):
@@ -172,16 +178,16 @@ class Surveyor:
     def _reads_state(self, node: Node, inside: Collection[Node]) -> bool:
         """Whether the node's value depends on stored or new factors, by way of nodes inside."""
         behind = {node, *ancestors(node, lambda n: n in inside)}
-        factors = self._states.union(self._new_state.values())
-        return any(read in factors for other in behind for read in other.all_input_nodes)
+        return any(read in self._factors for other in behind for read in other.all_input_nodes)
 
     def _splices(self) -> dict[str, list[Node]]:
         """The nodes that precondition each layer, by key. Layers of one name follow in the plan's order."""
-        names = {match.key: match.name for match in self._plan.matched}
-        found: dict[str, list[Node]] = {key: [] for key in names}
+        found: dict[str, list[Node]] = {match.key: [] for match in self._plan.matched}
+        named: dict[str, list[str]] = {}
+        for match in self._plan.matched:
+            named.setdefault(match.name, []).append(match.key)
         for name, nodes in self._labelled("preconditioned gradient of ").items():
-            layers = [key for key, known in names.items() if known == name]
-            parts = connected(nodes)
+            layers, parts = named.get(name, []), connected(nodes)
             for place, key in enumerate(layers):
                 own = parts[place : place + 1] if len(parts) == len(layers) else parts
                 found[key] = [node for part in own for node in part]

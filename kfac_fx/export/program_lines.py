@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
@@ -26,9 +25,7 @@ _INSERTED = "inserted, "
 _LARGE = 2**20
 
 
-def body(
-    module: GraphModule, lines: list[str], *, places: Mapping[str, str], backward: frozenset[Node]
-) -> Iterator[str]:
+def body(module: GraphModule, lines: list[str], *, places: Mapping[str, str]) -> Iterator[str]:
     """What fx prints, under sources and rules. places: names of the constants, by attribute."""
     nodes = {node.name: node for node in module.graph.nodes}
     place = purpose = ""
@@ -38,7 +35,7 @@ def body(
             continue
         node = nodes[found["name"]]
         label = str(node.meta.get("kfac_fx", ""))
-        origin = _origin(node, backward)
+        origin = _origin(node)
         if origin != place or _layer(label) != _layer(purpose):
             place = origin
             yield ""
@@ -71,25 +68,6 @@ def _in_full_float32(found: re.Match[str]) -> str:
     return f"in_full_float32({name if name == 'convolution_weight' else f'aten.{name}.default'}, "
 
 
-def fitted(line: str) -> Iterator[str]:
-    """A call that is too long for one line, with its arguments on lines of their own."""
-    opening = line.find("(")
-    if len(line) <= WIDTH or opening < 0 or not line.endswith(")") or line.lstrip().startswith("#"):
-        yield line
-        return
-    indent = " " * (len(line) - len(line.lstrip()))
-    yield line[: opening + 1]
-    yield from textwrap.wrap(
-        line[opening + 1 : -1],
-        WIDTH,
-        initial_indent=indent + "    ",
-        subsequent_indent=indent + "    ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    yield f"{indent})"
-
-
 def _layer(label: str) -> str:
     """`A 10x10, G 16x16 of conv1` of the label of statistics, else nothing."""
     return label.removeprefix(_INSERTED) if label.startswith(_INSERTED) else ""
@@ -100,14 +78,14 @@ def _rule(text: str) -> str:
     return f"    # ---- {text} {'-' * max(4, WIDTH - len(text) - 12)}"
 
 
-def _origin(node: Node, backward: frozenset[Node]) -> str:
+def _origin(node: Node) -> str:
     """`models.py:13  code`: the user's line that the node comes from; empty for inserted nodes without."""
     source = user_source(node.stack_trace)
     if source is not None:
         return f"{source}  {source.code}"
     if _layer(str(node.meta.get("kfac_fx", ""))):
         return ""
-    return "backward" if node in backward else "no source line"
+    return "backward" if node.meta.get("kfac_fx_backward") else "no source line"
 
 
 def _large(node: Node) -> bool:

@@ -20,9 +20,10 @@ from kfac_fx import graph as fxgraph
 from kfac_fx.contracts import Plan
 from kfac_fx.errors import ExportError
 from kfac_fx.export.layer_sections import quoted, variable
-from kfac_fx.export.program_lines import body, fitted
+from kfac_fx.export.program_lines import body
 from kfac_fx.instrument import Program
-from kfac_fx.lower import in_full_float32
+from kfac_fx.lower import with_full_float32
+from kfac_fx.report.program import wrapped
 from kfac_fx.sources import user_source
 from kfac_fx.writer import Key
 
@@ -60,8 +61,6 @@ def program_text(
     """
     module = _as_run(program.module)
     _check(module)
-    backward = frozenset(node.name for node in plan.capture.backward)
-    backward = frozenset(node for node in module.graph.nodes if node.name in backward)
     returned = _name_outputs(program, module)
     places, constants = _constants(module, known)
     code = module.graph.python_code("self", verbose=False)
@@ -71,11 +70,11 @@ def program_text(
         ") -> tuple[Any, ...]:",
         f'    """{summary}"""',
         *_arguments(plan, program, module),
-        *body(module, code.src.splitlines(), places=places, backward=backward),
+        *body(module, code.src.splitlines(), places=places),
         "",
         *_result(program, returned),
     ]
-    text = "\n".join(piece for line in lines for piece in fitted(line))
+    text = "\n".join(piece for line in lines for piece in wrapped(line))
     literals = ("device", "inf", "nan")
     return ProgramText(
         text=text,
@@ -89,7 +88,7 @@ def program_text(
 def _as_run(module: GraphModule) -> GraphModule:
     """The program as `lower` makes it for its device, in eager mode."""
     on_cuda = fxgraph.value(module.graph.output_node().all_input_nodes[0]).is_cuda
-    return in_full_float32(module) if on_cuda else module
+    return with_full_float32(module) if on_cuda else module
 
 
 def _check(module: GraphModule) -> None:
@@ -108,7 +107,7 @@ def _check(module: GraphModule) -> None:
 def _constant(module: GraphModule, target: str) -> Tensor:
     found: Any = module
     for part in target.split("."):
-        found = vars(found).get(part, None) if part in vars(found) else found.__getattr__(part)
+        found = getattr(found, part)
     if not isinstance(found, Tensor):
         raise ExportError(f"the program holds a {type(found).__name__} ({target}), not only tensors.")
     return found.detach()

@@ -25,7 +25,7 @@ def settings(plan: Plan, target: Target, copied: Bundle) -> Iterator[str]:
     """`METHOD`, `DEVICE`, names of parameters and buffers, and `make_optimizer`."""
     method: Any = plan.method
     values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name in copied.members}
-    written = "".join(f"\n    {name}={_literal(value)}," for name, value in values.items())
+    written = "".join(f"\n    {name}={literal(value)}," for name, value in values.items())
     frozen = tuple(p.name for p in plan.capture.parameters if not p.trainable)
     names = [*(p.name for p in plan.capture.parameters), *plan.capture.buffers]
     changed = tuple(names[i] for i in mutated_placeholders(plan.capture.graph))
@@ -49,7 +49,8 @@ def _tuple(names: Sequence[str]) -> str:
     return "(\n" + "".join(f"    {quoted(name)},\n" for name in names) + ")"
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
+    """A plain value as Python, with nothing that has to be imported."""
     if isinstance(value, str):
         return quoted(value)
     return re.sub(r"\b(inf|nan)\b", r'float("\1")', repr(value))
@@ -64,7 +65,7 @@ def _optimizer(method: Any) -> str:
         for name, value in made.defaults.items()
         if name in defaults and (name == "lr" or defaults[name].default != value)
     }
-    arguments = "".join(f", {name}={_literal(value)}" for name, value in stated.items())
+    arguments = "".join(f", {name}={literal(value)}" for name, value in stated.items())
     assert type(made).__module__.startswith("torch.optim"), "a base optimizer that is not torch's own"
     return "\n".join(
         [

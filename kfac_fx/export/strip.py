@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import final
 from urllib.parse import quote
 
 from kfac_fx.contracts import Plan
+from kfac_fx.export.strip_parts import PROPORTIONAL, Frame, bar, cut, escaped, rect, text_at
 from kfac_fx.report.numbers import bytes_text, flops_text
 from kfac_fx.report.rows import Cost, LayerRow, Totals, forward_order, layer_rows, totals
 from kfac_fx.report.skips import SkipRow, skip_rows
@@ -26,10 +25,8 @@ _SIDE = 38.0
 _ROW = 21
 _TOP = 84
 _LABEL, _A, _G, _SIZES, _STATE, _WORK, _SOURCE = 12, 322, 374, 412, 616, 744, 878
-_BAR = 62
 _NUMBER = 112
 _GAP = 24
-_MONO, _PROPORTIONAL = 6.7, 6.2  # pixels of a character, on average
 _SCALE = "The area of a square is proportional to d. Memory grows with d^2, the cost of a refresh with d^3."
 _STYLE = """
 .strip{--ink:#1c2430;--dim:#5b6675;--rule:#e3e7ec;--A:#0d7d78;--G:#b7791f;--bar:#8a97a8;--hover:#eef3f8;--sheet:#fff;
@@ -43,33 +40,6 @@ font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 .strip a:focus{outline:none}.strip a:focus-visible .hit{stroke:var(--A);stroke-width:2}
 .strip .head{font-weight:600}.strip .mono{font-family:ui-monospace,Consolas,monospace;font-size:11px}
 """
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class _Frame:
-    """What all rows share.
-
-    width: of the drawing. shift: pixels by which the columns beside the labels stand further left, since the
-    labels are short. page: the file of the links. largest: dimension. most: state and work of a row.
-    """
-
-    width: int
-    shift: int
-    page: str
-    largest: int
-    most: tuple[float, float]
-
-    def beside(self, cells: str) -> str:
-        """The cells, moved."""
-        return f'<g transform="translate({-self.shift} 0)">{cells}</g>'
-
-    def open_text(self, x: float, y: float, text: str, css: str) -> str:
-        """A text without a neighbour at its right: cut to the drawing's width, whole in `data-full`."""
-        room = int((self.width + self.shift - x - 8) / (_MONO if "mono" in css else _PROPORTIONAL))
-        full = f' data-full="{escape(text)}"' if text else ""
-        shown = escape(_cut(text, room))
-        return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}"{full} xml:space="preserve">{shown}</text>'
 
 
 def strip(plan: Plan, *, page: str = "") -> str:
@@ -87,7 +57,7 @@ def strip(plan: Plan, *, page: str = "") -> str:
         parts.append(_row(row, y, height, frame, sums))
         y += height
     if skips:
-        parts.append(_text(_LABEL, y + 30, "Skipped: plain gradient, no preconditioner", "head"))
+        parts.append(text_at(_LABEL, y + 30, "Skipped: plain gradient, no preconditioner", "head"))
         y += 40
     for skip in skips:
         parts.append(_skip(skip, y, frame))
@@ -98,16 +68,16 @@ def strip(plan: Plan, *, page: str = "") -> str:
     title = f"{plan.capture.model_name}, method {plan.method.name}: layers and their factors"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="strip" width="{width}" height="{y + 10}" '
-        f'{scaled} role="group" aria-label="{escape(title)}">'
+        f'{scaled} role="group" aria-label="{escaped(title)}">'
         f"<style>{_STYLE}</style>{sheet}{''.join(parts)}</svg>"
     )
 
 
-def _frame(rows: Sequence[LayerRow], skips: Sequence[SkipRow], sums: Totals, page: str) -> _Frame:
+def _frame(rows: Sequence[LayerRow], skips: Sequence[SkipRow], sums: Totals, page: str) -> Frame:
     longest = max(map(len, [*map(_label, rows), *map(_skip_label, skips)]), default=0)
-    return _Frame(
+    return Frame(
         width=WIDTH if page else LEAST_WIDTH,
-        shift=max(0, int(_A - 20 - _LABEL - _PROPORTIONAL * longest - _GAP)),
+        shift=max(0, int(_A - 20 - _LABEL - PROPORTIONAL * longest - _GAP)),
         page=page,
         largest=max((f.dim for row in rows for f in row.factors[0]), default=1),
         most=(
@@ -157,11 +127,7 @@ def shortened(text: str, room: int) -> str:
     return f"{text[: room - 2 - half]}..{text[len(text) - half :]}"
 
 
-def _cut(text: str, room: int) -> str:
-    return text if len(text) <= room else f"{text[: room - 2]}.."
-
-
-def _header(frame: _Frame) -> str:
+def _header(frame: Frame) -> str:
     """Names of the columns and the scale."""
     names = (
         (_A, "A", "middle"),
@@ -171,15 +137,15 @@ def _header(frame: _Frame) -> str:
         (_WORK + _NUMBER, "FLOPs per step", "end"),
         (_SOURCE, "source", ""),
     )
-    beside = (_text(x, _TOP - 10, name, "dim", place=place) for x, name, place in names)
-    texts = [_text(_LABEL, _TOP - 10, "layer", "dim"), frame.beside("".join(beside))]
-    shown, x = [_text(_LABEL, 34, "Scale, dimension d:", "dim")], 150.0
+    beside = (text_at(x, _TOP - 10, name, "dim", place=place) for x, name, place in names)
+    texts = [text_at(_LABEL, _TOP - 10, "layer", "dim"), frame.beside("".join(beside))]
+    shown, x = [text_at(_LABEL, 34, "Scale, dimension d:", "dim")], 150.0
     for dim in _scale(frame.largest):
         side = side_of(dim, frame.largest)
-        shown.append(_rect("bar", x + side / 2, 48 - side / 2, side, side, 1.0))
-        shown.append(_text(x + side + 5, 34, str(dim), "num"))
+        shown.append(rect("bar", x + side / 2, 48 - side / 2, side, side, 1.0))
+        shown.append(text_at(x + side + 5, 34, str(dim), "num"))
         x += side + 22 + 8 * len(str(dim))
-    shown.append(_text(max(x + 10, _A), 34, _SCALE, "dim"))
+    shown.append(text_at(max(x + 10, _A), 34, _SCALE, "dim"))
     rule = f'<line class="rule" x1="0" x2="100%" y1="{_TOP - 2}" y2="{_TOP - 2}"/>'
     return "".join([*shown, *texts, rule])
 
@@ -190,7 +156,7 @@ def _scale(largest: int) -> list[int]:
     return sorted({max(top // 16, 1), max(top // 4, 1), top})
 
 
-def _row(row: LayerRow, y: int, height: int, frame: _Frame, sums: Totals) -> str:
+def _row(row: LayerRow, y: int, height: int, frame: Frame, sums: Totals) -> str:
     match, middle = row.first, y + height / 2
     factors = [factor for factor in row.factors[0] if factor.side in "AGF"]
     shapes = [_factor(factor, middle, frame.largest) for factor in factors]
@@ -199,19 +165,19 @@ def _row(row: LayerRow, y: int, height: int, frame: _Frame, sums: Totals) -> str
     source = f"{match.source}  {match.source.code}" if match.source else ""
     cells = [
         *shapes,
-        _text(_SIZES, middle + 4, _cut(sizes, 34), "num dim"),
-        _bar(_STATE, middle, state / frame.most[0]),
-        _text(_STATE + _NUMBER, middle + 4, bytes_text(state), "num", place="end"),
-        _bar(_WORK, middle, work / frame.most[1]),
-        _text(_WORK + _NUMBER, middle + 4, flops_text(round(work)), "num", place="end"),
+        text_at(_SIZES, middle + 4, cut(sizes, 34), "num dim"),
+        bar(_STATE, middle, state / frame.most[0]),
+        text_at(_STATE + _NUMBER, middle + 4, bytes_text(state), "num", place="end"),
+        bar(_WORK, middle, work / frame.most[1]),
+        text_at(_WORK + _NUMBER, middle + 4, flops_text(round(work)), "num", place="end"),
         frame.open_text(_SOURCE, middle + 4, source, "mono dim"),
     ]
     name = f"{row.label}: {match.kind}, {sizes or 'no factor'}"
     return (
-        f'<a href="{escape(frame.page + key_link(match.key))}" data-key="{escape(match.key)}" '
-        f'aria-label="{escape(name)}"><title>{escape(_exact(row, sums))}</title>'
+        f'<a href="{escape(frame.page + key_link(match.key))}" data-key="{escaped(match.key)}" '
+        f'aria-label="{escaped(name)}"><title>{_exact(row, sums)}</title>'
         f'<rect class="hit" y="{y}" width="100%" height="{height}" rx="3"/>'
-        f"{_text(_LABEL, middle + 4, _label(row), '')}{frame.beside(''.join(cells))}</a>"
+        f"{text_at(_LABEL, middle + 4, _label(row), '')}{frame.beside(''.join(cells))}</a>"
     )
 
 
@@ -221,32 +187,20 @@ def _factor(factor: FactorSpec, middle: float, largest: int) -> str:
     width = side if factor.columns is None else side_of(min(factor.columns, factor.dim), largest)
     css, centre = ("A", _A) if factor.side == "A" else ("G", _G)
     if factor.diagonal:
-        return _rect(css, centre, middle, 3.0, side, 1.0)
+        return rect(css, centre, middle, 3.0, side, 1.0)
     behind = [(6.0, 0.25), (3.0, 0.5)] if factor.count > 1 else []
     borrowed = 0.4 if factor.shared_with else 1.0
-    shapes = [_rect(css, centre + shift, middle - shift, width, side, fade) for shift, fade in behind]
-    return "".join([*shapes, _rect(css, centre, middle, width, side, borrowed)])
+    shapes = [rect(css, centre + shift, middle - shift, width, side, fade) for shift, fade in behind]
+    return "".join([*shapes, rect(css, centre, middle, width, side, borrowed)])
 
 
-def _rect(css: str, x: float, y: float, width: float, height: float, opacity: float) -> str:
-    fade = f' opacity="{opacity}"' if opacity < 1 else ""
-    return (
-        f'<rect class="{css}" x="{x - width / 2:.1f}" y="{y - height / 2:.1f}" '
-        f'width="{width:.1f}" height="{height:.1f}"{fade}/>'
-    )
-
-
-def _bar(x: float, middle: float, share: float) -> str:
-    return f'<rect class="bar" x="{x}" y="{middle - 4:.1f}" width="{max(share * _BAR, 0.5):.1f}" height="8"/>'
-
-
-def _skip(skip: SkipRow, y: float, frame: _Frame) -> str:
+def _skip(skip: SkipRow, y: float, frame: Frame) -> str:
     numel, reason = sum(member.numel for member in skip.members), skip.reason.value
     title = f"{skip.label}: {reason}, {skip.detail}; {counted(numel, 'element')}. {skip.reason.advice}"
     why = "   ".join(filter(None, (skip.detail, skip.sources)))
-    cells = _text(_A - 20, y + 15, reason, "dim") + frame.open_text(_SIZES, y + 15, why, "dim")
-    label = _text(_LABEL, y + 15, _skip_label(skip), "dim")
-    return f"<g><title>{escape(title)}</title>{label}{frame.beside(cells)}</g>"
+    cells = text_at(_A - 20, y + 15, reason, "dim") + frame.open_text(_SIZES, y + 15, why, "dim")
+    label = text_at(_LABEL, y + 15, _skip_label(skip), "dim")
+    return f"<g><title>{escaped(title)}</title>{label}{frame.beside(cells)}</g>"
 
 
 def _exact(row: LayerRow, sums: Totals) -> str:
@@ -257,9 +211,4 @@ def _exact(row: LayerRow, sums: Totals) -> str:
     lines.append(f"state {cost.state_bytes:,} bytes")
     lines.append(f"statistics {cost.statistics:,}, refresh {cost.inversion:,}, apply {cost.apply:,} FLOPs")
     lines.append(f"per step {round(per_step(cost, sums)):,} FLOPs on average")
-    return "\n".join(lines)
-
-
-def _text(x: float, y: float, text: str, css: str, *, place: str = "") -> str:
-    anchor = f' text-anchor="{place}"' if place else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}"{anchor} xml:space="preserve">{escape(text)}</text>'
+    return "\n".join(map(escaped, lines))

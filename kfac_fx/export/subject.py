@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from kfac_fx.contracts import Plan
 from kfac_fx.instrument import Program, instrument
 from kfac_fx.report.program import readable
+from kfac_fx.report.rows import settings
 from kfac_fx.stages import PASSES, PassRecord
 from kfac_fx.target import Target
 
@@ -86,5 +87,4 @@ def statistics_step(plan: Plan) -> StatisticsStep:
 
 def about(plan: Plan) -> str:
     """Method and settings, for the head of a program."""
-    off = f", without {', '.join(sorted(plan.without))}" if plan.without else ""
-    return f"method {plan.method.name}, fisher {plan.fisher}, sharing {plan.sharing}{off}"
+    return ", ".join(f"{name} {value}" for name, value in settings(plan))

@@ -94,7 +94,7 @@ def export_train_step(plan: Plan, target: Target) -> dict[str, str | bytes]:
     collecting = texts["loss_gradients_and_statistics"]
     parts = {
         "The training step": [copied.text[runtime.__name__]],
-        f"The method: {plan.method.name}": list(_method_text(plan, copied)),
+        f"The method: {plan.method.name}": list(_method_text(copied)),
         "Settings": [*settings(plan, target, copied), batch_text(plan, target.inputs, target.targets)],
         "Layers": list(sections(plan, class_names(plan, taken), collecting.statistics)),
         "Programs": [text.text for text in texts.values()],
@@ -171,7 +171,7 @@ def _title(title: str) -> str:
     return f"{_BAR}\n# {title}\n{_BAR}"
 
 
-def _method_text(plan: Plan, copied: Bundle) -> Iterator[str]:
+def _method_text(copied: Bundle) -> Iterator[str]:
     """The method's source by module, each under what the module says of itself."""
     yield "# Copied from kfac_fx, without what a training step does not use, settings included."
     for module, text in copied.text.items():

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, final
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kfac_fx.captures import Captures
 from kfac_fx.contracts import Plan
+from kfac_fx.live.records import Timed
 from kfac_fx.progress import Progress
 from kfac_fx.stages import runs
 
@@ -32,6 +33,7 @@ PROGRAM_PHASES = {
 }
 
 Mark = float | torch.cuda.Event
+Span = tuple[Mark, Mark]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -56,12 +58,29 @@ class Length:
 
 
 @final
+@dataclass(kw_only=True)
+class Times:
+    """Of what happens again and again: how often, and the marks of the calls of each of the last times."""
+
+    count: int = 0
+    spans: deque[list[Span]] = field(default_factory=lambda: deque(maxlen=KEPT))
+
+    def add(self, calls: list[Span]) -> None:
+        """It happened once more."""
+        self.count += 1
+        self.spans.append(calls)
+
+    def read(self, name: str) -> Timed:
+        """As a record of seconds; waits for the device."""
+        return Timed(name=name, count=self.count, seconds=tuple(map(_seconds, self.spans)))
+
+
+@final
 class Journal:
     """Notes of one training step.
 
-    losses: the last ones that were returned. counts: how many steps of each kind. spans: of the last ones of
-    each kind, pairs of marks of each of its calls. phases: marks of the last times of each phase. length: of
-    the last update with preconditioned gradients. refreshed: step of each layer's last refresh.
+    losses: the last ones that were returned. kinds, phases: times of each kind of step and of each phase.
+    length: of the last update with preconditioned gradients. refreshed: step of each layer's last refresh.
     """
 
     def __init__(self, progress: Progress, captures: Captures, *, device: torch.device) -> None:
@@ -73,12 +92,11 @@ class Journal:
     def forget(self) -> None:
         """Start anew: after a saved state was loaded."""
         self.losses: deque[Tensor] = deque(maxlen=KEPT)
-        self.counts: dict[str, int] = {}
-        self.spans: dict[str, deque[list[tuple[Mark, Mark]]]] = {}
-        self.phases: dict[str, deque[tuple[Mark, Mark]]] = {}
+        self.kinds: defaultdict[str, Times] = defaultdict(Times)
+        self.phases: defaultdict[str, Times] = defaultdict(Times)
         self.length: Length | None = None
         self.refreshed: dict[str, int] = {}
-        self._open: list[tuple[Mark, Mark]] = []
+        self._open: list[Span] = []
         self._first_run = False
         self._see()
 
@@ -105,7 +123,7 @@ class Journal:
         start, programs = self._mark(), self._captures.num_compiled
         yield
         if self._captures.num_compiled == programs:
-            self.phases.setdefault(name, deque(maxlen=KEPT)).append((start, self._mark()))
+            self.phases[name].add([(start, self._mark())])
 
     def measure(self, plan: Plan, products: Tensor | None, rates: Tensor | None) -> None:
         """Note <V, grad> and learning rate of each layer of this step, [layers]; None: there are none."""
@@ -127,9 +145,7 @@ class Journal:
                     self.refreshed[key] = self._progress.steps
         if kind != "plain":
             self._see()
-        kind = "first run" if self._first_run else kind
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        self.spans.setdefault(kind, deque(maxlen=KEPT)).append(self._open)
+        self.kinds["first run" if self._first_run else kind].add(self._open)
         self._open, self._first_run = [], False
 
     def _see(self) -> None:
@@ -165,7 +181,7 @@ def journaled(function: Callable[Concatenate[Any, P], R]) -> Callable[Concatenat
     return noted
 
 
-def seconds(spans: list[tuple[Mark, Mark]]) -> float:
+def _seconds(spans: list[Span]) -> float:
     """How long these calls took, together; waits for them on CUDA."""
     total = 0.0
     for start, end in spans:

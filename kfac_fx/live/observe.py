@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import final
 
 import torch
@@ -17,13 +16,13 @@ from kfac_fx.contracts import Method, Plan
 from kfac_fx.curvature import Curvature
 from kfac_fx.errors import UnknownNameError, did_you_mean
 from kfac_fx.live.health import LayerHealth, factor_health
-from kfac_fx.live.journal import Journal, seconds
-from kfac_fx.live.records import KL, Kind, Phase, StepReport
+from kfac_fx.live.journal import Journal
+from kfac_fx.live.records import KL, StepReport
 from kfac_fx.live.text import render
 from kfac_fx.live.views import View, views
 from kfac_fx.methods.base import KroneckerFactored
 from kfac_fx.progress import Progress
-from kfac_fx.report.rows import forward_order, layer_labels, layer_rows
+from kfac_fx.report.rows import fits, forward_order, layer_labels, layer_rows
 from kfac_fx.stages import runs
 from kfac_fx.types import LayerMatch
 
@@ -88,15 +87,8 @@ def observe(
         kl_note=kl_note,
         retried=int(outcomes.retried),
         kept_last=int(outcomes.kept_last),
-        kinds=tuple(
-            Kind(name=name, count=journal.counts[name], seconds=tuple(map(seconds, journal.spans[name])))
-            for name in KINDS
-            if name in journal.counts
-        ),
-        phases=tuple(
-            Phase(name=name, seconds=tuple(seconds([span]) for span in spans))
-            for name, spans in journal.phases.items()
-        ),
+        kinds=tuple(journal.kinds[name].read(name) for name in KINDS if name in journal.kinds),
+        phases=tuple(times.read(name) for name, times in journal.phases.items()),
         layers=tuple(found),
         left_out=tuple(left_out),
         max_dim=max_dim,
@@ -149,17 +141,13 @@ def _chosen(plans: list[Plan], pattern: str) -> list[tuple[LayerMatch, str, str]
     for plan in plans:
         labels = layer_labels(plan)
         names += labels.values()
-        fits = [m for m in forward_order(plan) if m.key not in found and _fits(m, labels, pattern)]
-        for row in layer_rows(plan, fits, collapse=True):
+        chosen = [m for m in forward_order(plan) if m.key not in found and fits(m, labels, pattern)]
+        for row in layer_rows(plan, chosen, collapse=True):
             found |= {match.key: (match, labels[match.key], row.label) for match in row.members}
-        found |= {m.key: found[m.key] for m in fits}
+        found |= {m.key: found[m.key] for m in chosen}
     if plans and not found and names and pattern != "*":
         raise UnknownNameError(f"no layer fits {pattern!r}.{did_you_mean(pattern, names)}")
     return list(found.values())
-
-
-def _fits(match: LayerMatch, labels: Mapping[str, str], pattern: str) -> bool:
-    return any(fnmatchcase(n, pattern) for n in (labels[match.key], match.name, match.weight, match.key))
 
 
 def _bytes(curvature: Curvature, matches: Mapping[str, LayerMatch], counted: set[int]) -> int:

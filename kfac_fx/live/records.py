@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -22,27 +22,15 @@ FIGURES = ("condition", "damped_condition", "effective_rank", "residual")
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Kind:
-    """One kind of step: "plain", "statistics", "refresh", or "first run" (some program's first, with its
-    compilation). count: since the start. seconds: of the last ones.
+class Timed:
+    """A kind of step, or a part of one that runs alone. count: since the start. seconds: of the last ones.
+
+    Kinds: "plain", "statistics", "refresh", or "first run" (some program's first, with its compilation).
+    Parts: a program, a refresh, an update.
     """
 
     name: str
     count: int
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """Of a typical one."""
-        return statistics.median(self.seconds)
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """A part of a step that runs alone: a program, a refresh, an update. seconds: of its last times."""
-
-    name: str
     seconds: tuple[float, ...]
 
     @property
@@ -89,8 +77,8 @@ class StepReport:
     kl_note: str
     retried: int
     kept_last: int
-    kinds: tuple[Kind, ...]
-    phases: tuple[Phase, ...]
+    kinds: tuple[Timed, ...]
+    phases: tuple[Timed, ...]
     layers: tuple[LayerHealth, ...]
     left_out: tuple[str, ...]
     max_dim: int
@@ -134,21 +122,26 @@ class StepReport:
     def document(self, *, eigenvalues: bool = False) -> dict[str, Any]:
         """All fields as plain values; infinite ones as text. eigenvalues: with all of each factor."""
         names = ("method", "steps", "losses", "damping", "gamma", "reduction_ratio", "kl_note", "retried")
-        values = {name: vars(self)[name] for name in (*names, "kept_last", "left_out", "state_bytes")}
-        kinds = {
-            kind.name: {"count": kind.count, "milliseconds": [1e3 * each for each in kind.seconds]}
-            for kind in self.kinds
+        names = (*names, "kept_last", "left_out", "max_dim", "state_bytes")
+        parts = {
+            "kl": None if self.kl is None else dataclasses.asdict(self.kl),
+            "kinds": _times(self.kinds),
+            "phases": _times(self.phases),
+            "layers": [_layer(layer, eigenvalues) for layer in self.layers],
         }
-        kl = None if self.kl is None else dataclasses.asdict(self.kl)
-        layers = [_layer(layer, eigenvalues) for layer in self.layers]
-        phases = {phase.name: [1e3 * each for each in phase.seconds] for phase in self.phases}
-        parts = {"kl": kl, "kinds": kinds, "phases_milliseconds": phases, "layers": layers}
-        return plain({"schema": SCHEMA, **values, **parts})
+        return plain({"schema": SCHEMA, **{name: vars(self)[name] for name in names}, **parts})
 
     def to_json(self, *, eigenvalues: bool = False) -> str:
         """The document as indented text."""
         document = self.document(eigenvalues=eigenvalues)
         return json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
+
+
+def _times(entries: Sequence[Timed]) -> dict[str, Any]:
+    return {
+        entry.name: {"count": entry.count, "milliseconds": [1e3 * each for each in entry.seconds]}
+        for entry in entries
+    }
 
 
 def _layer(layer: LayerHealth, eigenvalues: bool) -> dict[str, Any]:
@@ -161,7 +154,7 @@ def _layer(layer: LayerHealth, eigenvalues: bool) -> dict[str, Any]:
         elif factor.eigenvalues is not None:
             values["eigenvalues"] = factor.eigenvalues.tolist()
         factors.append(values)
-    names = ("name", "key", "statistics", "refreshes", "since_refresh", "state_bytes")
+    names = ("name", "key", "group", "statistics", "refreshes", "since_refresh", "state_bytes")
     return {name: vars(layer)[name] for name in names} | {"factors": factors}
 
 

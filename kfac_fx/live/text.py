@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from kfac_fx.live.health import FactorHealth, LayerHealth
 from kfac_fx.live.records import StepReport
+from kfac_fx.report.comments import in_comment
 from kfac_fx.report.numbers import bytes_text
 from kfac_fx.wording import counted
 
@@ -29,8 +30,7 @@ NOTES = (
 
 def render(report: StepReport) -> str:
     """Losses, damping, length, counts, times; then the table of factors."""
-    steps = f"{report.steps:,} step" + ("" if report.steps == 1 else "s")
-    head = f"{report.method}  {steps}   state {bytes_text(report.state_bytes)}"
+    head = f"{report.method}  {counted(report.steps, 'step')}   state {bytes_text(report.state_bytes)}"
     if not report.losses and not report.steps:
         return f"{report.method}  no step has run yet: call step(inputs, targets)"
     lines = [head, *_loss_lines(report), _damping_line(report), _kl_line(report)]
@@ -86,8 +86,8 @@ def _table_lines(report: StepReport) -> list[str]:
         more = len(groups) - len(shown)
         table.append(f"and {counted(more, 'more line')} of layers, better conditioned: report.layers")
     if report.left_out:
-        count = len(report.left_out)
-        table.append(f"no eigenvalues of {count:,} layers with factors beyond max_dim={report.max_dim}")
+        left = counted(len(report.left_out), "layer")
+        table.append(f"no eigenvalues of {left} with factors beyond max_dim={report.max_dim}")
     return [*table, *NOTES]
 
 
@@ -115,7 +115,11 @@ def _cells(group: list[LayerHealth]) -> list[list[str]]:
     for index, (first, *_) in enumerate(zip(*(layer.factors for layer in group), strict=True)):
         factors = [layer.factors[index] for layer in group]
         worst = max(factors, key=lambda factor: factor.severity)
-        name = [group[0].group, f"x{len(group)}" if len(group) > 1 else ""] if index == 0 else ["", ""]
+        name = (
+            [in_comment(group[0].group), f"x{len(group)}" if len(group) > 1 else ""]
+            if index == 0
+            else ["", ""]
+        )
         lines.append(
             [*name, _size(first), *_figures(worst, factors), *(counts if index == 0 else ["", "", ""])]
         )

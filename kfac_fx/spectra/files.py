@@ -5,16 +5,16 @@ Enters: a model with a batch. Leaves: a `StepReport` with eigenvalues; a plot, o
 
 from __future__ import annotations
 
-import copy
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import kfac_fx
+from kfac_fx import guards
 from kfac_fx.contracts import Method
 from kfac_fx.errors import KfacFxError
 from kfac_fx.live import StepReport
+from kfac_fx.outfile import check_writable, writing
 from kfac_fx.spectra.plot import draw
 from kfac_fx.target import Target
 
@@ -37,7 +37,7 @@ def collect(
     """
     if steps < 1:
         raise KfacFxError(f"steps={steps} collects no statistics: use at least 1.")
-    model = copy.deepcopy(target.model)
+    model = guards.copied(target.model, "spectrum")
     step = kfac_fx.compile(model, target.loss_fn, method=method, **options)
     for _ in range(steps):
         step(target.inputs, target.targets)
@@ -46,28 +46,14 @@ def collect(
 
 def check_file(file: Path) -> None:
     """Raise `KfacFxError` if `save` could not write there: to be asked before the training."""
-    if file.suffix not in ENDINGS:
-        raise KfacFxError(f"cannot write {file}: its name must end in {', '.join(ENDINGS)}.")
-    if file.suffix != ".json" and importlib.util.find_spec("matplotlib") is None:
-        raise KfacFxError(
-            f'cannot draw {file}: matplotlib is not installed. Run pip install ".[benchmarks]", or name a '
-            ".json file."
-        )
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise KfacFxError(f"cannot write {file}: {error.strerror}. Choose another file.") from error
+    check_writable(file, endings=ENDINGS)
 
 
 def save(report: StepReport, file: Path, *, title: str) -> None:
     """Write the plot, or for a name in .json the document with all eigenvalues."""
     check_file(file)
-    try:
+    with writing(file):
         if file.suffix == ".json":
             file.write_text(report.to_json(eigenvalues=True) + "\n", encoding="utf-8")
         else:
             draw(report, file, title=title)
-    except OSError as error:
-        raise KfacFxError(f"cannot write {file}: {error.strerror}. Choose another file.") from error

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kfac_fx.live import FactorHealth, LayerHealth, StepReport
+from kfac_fx.wording import counted
 
 _COLORS: Mapping[str, str] = {
     "A": "#1b7f79",
@@ -68,13 +69,11 @@ def _groups(report: StepReport) -> list[list[LayerHealth]]:
 
 def _title(report: StepReport, title: str, *, shown: int) -> str:
     total = len({layer.group for layer in report.layers})
-    steps = f"{report.steps:,} step" + ("" if report.steps == 1 else "s")
     left = f"; {shown} of {total} kinds of layers" if shown < total else ""
     lines = "dashed: the damping that is added" if any(_dampings(report.layers)) else ""
     inside = "eigenvalues of the damped factors" if report.method in ("singd", "ikfac") else ""
-    return (
-        f"{title}: {report.method} after {steps}{left}\n{lines or inside or 'no damping of single factors'}"
-    )
+    head = f"{title}: {report.method} after {counted(report.steps, 'step')}{left}"
+    return f"{head}\n{lines or inside or 'no damping of single factors'}"
 
 
 def _dampings(layers: Sequence[LayerHealth]) -> list[float]:
