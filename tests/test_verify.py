@@ -21,7 +21,7 @@ from kfac_fx import autocorrelation, collect, functions, gram, passes
 from kfac_fx.layers.convolution import Convolution
 from kfac_fx.layers.linear import Linear
 from kfac_fx.methods import kfac as kfac_method
-from kfac_fx.verification import Verification, document
+from kfac_fx.verification import Verification, document, update, whole
 from kfac_fx_cli.main import app
 
 Example = tuple[nn.Module, Callable[[Tensor, Tensor], Tensor] | None, Any, Any]
@@ -96,9 +96,10 @@ def check_all_ok(found: Verification, *, but: tuple[str, ...] = ()) -> None:
 
 
 def violated(found: Verification) -> dict[str, set[str]]:
-    """Names of violated checks by layer; the whole model's under its own name."""
+    """Names of violated checks of the first step by layer; the whole model's under its own name."""
     names = {v.layer.name: {c.name for c in v.checks if c.status == "violated"} for v in found.layers}
     names["whole"] = {check.name for check in found.whole if check.status == "violated"}
+    names = {name: checks - {"later steps"} for name, checks in names.items()}
     return {name: checks for name, checks in names.items() if checks}
 
 
@@ -274,6 +275,35 @@ def test_a_wrong_length_of_the_update_is_a_violation_of_the_update(monkeypatch: 
     damage(monkeypatch, kfac_fx.KFAC, "rescale", lambda directions: [v * 1.01 for v in directions])
     found = violated(kfac_fx.verify(*seeded(mlp)))
     assert found == {name: {"update"} for name in ("0", "2", "4")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_rounding_of_a_parameter_is_no_error_of_the_update_and_two_more_are(dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps  # the step of this dtype from 1 on
+    old, wanted = torch.tensor([1.0, 0.25], dtype=dtype), torch.tensor([1 + eps, 0.25], dtype=dtype)
+    assert update._error(old, wanted, old) == 0
+    assert update._error(old + torch.tensor([0, 2 * eps], dtype=dtype), old, old) > 0  # eight of its steps
+    assert update._error(old + 4 * eps, wanted, old) > 0
+
+
+def test_flags_and_complex_numbers_are_compared_beside_buffers_that_differ() -> None:
+    x, y = torch.randn(2, 3), torch.tensor([0, 1])
+    plan = kfac_fx.inspect(nn.Linear(3, 2), F.cross_entropy, x, y)
+    expected = {
+        "mask": torch.tensor([True, False]),
+        "mean": torch.tensor([1.0, 2.0]),
+        "phase": torch.tensor([1 + 1j, 2 - 1j]),
+        "count": torch.tensor(3),
+    }
+
+    def error(**changed: Tensor) -> float | None:
+        return whole._all("buffers", {**expected, **changed}, expected, plan, tolerance=1e-6).error
+
+    assert error(mean=torch.tensor([1.0, 2.5])) == pytest.approx(0.25)
+    assert error(phase=expected["phase"] + 1j) == pytest.approx(0.5)
+    assert error(phase=expected["phase"].conj()) == pytest.approx(1.0)
+    assert error(mask=~expected["mask"], mean=expected["mean"] + 1e-9) == 1
+    assert error(count=torch.tensor(6)) == 1
 
 
 def test_a_wrong_root_of_the_hessian_is_a_violation_of_the_fisher(monkeypatch: pytest.MonkeyPatch) -> None:

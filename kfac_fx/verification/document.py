@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kfac_fx.report.document import plain
+from kfac_fx.report.document import plain, source_document
 from kfac_fx.verification.records import Check, LayerVerdict, Verification
 
 SCHEMA = "kfac_fx.verify/1"
@@ -43,15 +43,11 @@ def document(verification: Verification) -> dict[str, Any]:
 
 def to_json(verification: Verification) -> str:
     """The document as indented text."""
-    return json.dumps(document(verification), indent=2, sort_keys=True)
+    return json.dumps(document(verification), indent=2, sort_keys=True, allow_nan=False)
 
 
 def _layer(verdict: LayerVerdict) -> dict[str, Any]:
     layer = verdict.layer
-    source = None
-    if layer.source is not None:
-        file = layer.source.file.rsplit("/", 1)[-1]
-        source = {"file": file, "line": layer.source.line, "code": layer.source.code.strip()}
     return {
         "key": layer.key,
         "name": layer.name,
@@ -59,7 +55,7 @@ def _layer(verdict: LayerVerdict) -> dict[str, Any]:
         "weight": layer.weight,
         "bias": layer.bias,
         "rows": verdict.rows,
-        "source": source,
+        "source": source_document(layer.source),
         "status": verdict.status,
         "checks": [_check(check) for check in verdict.checks],
     }

@@ -6,14 +6,15 @@ Enters: explicit rows and what the library computed. Leaves: a `LayerVerdict`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
 from torch import Tensor
 
 from kfac_fx.canonical import state_owner
-from kfac_fx.types import LayerMatch
+from kfac_fx.methods import NKFAC
+from kfac_fx.types import LayerMatch, State
 from kfac_fx.verification import graph_rows
 from kfac_fx.verification.eager import Observed, Plain
 from kfac_fx.verification.graph_rows import Values
@@ -32,7 +33,7 @@ Rows = Sequence[UseRows] | Sequence[BlockRows]
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """Everything that verdicts are made of. values: of graph nodes. observed: None where modules do not show
-    the passes of the Fisher.
+    the passes of the Fisher. factors: explicit statistics by layer as far as verdicts are made, or a reason.
     """
 
     plain: Plain
@@ -40,6 +41,7 @@ class Evidence:
     ours: Ours
     values: Values
     tolerance: Tolerance
+    factors: dict[str, dict[str, Tensor] | str] = field(default_factory=dict)
 
 
 def verdict(match: LayerMatch, evidence: Evidence) -> LayerVerdict:
@@ -49,6 +51,7 @@ def verdict(match: LayerMatch, evidence: Evidence) -> LayerVerdict:
     at_modules = None if rounds else _module_rows(match, evidence)
     rows = from_graph if at_modules is None else at_modules
     statistics, factors = _statistics(match, rows, evidence)
+    evidence.factors[match.key] = factors
     checks = (
         _gradient_check(match, from_graph, evidence),
         statistics,
@@ -98,32 +101,46 @@ def _gradient_check(match: LayerMatch, rows: Rows, evidence: Evidence) -> Check:
     return Check(name="gradient", error=error, tolerance=evidence.tolerance.product)
 
 
+def explicit_statistics(
+    match: LayerMatch,
+    rows: Rows,
+    evidence: Evidence,
+    *,
+    scale: float,
+    state: State,
+    only: tuple[str, ...] | None = None,
+) -> dict[str, Tensor | str]:
+    """Statistics of one batch by name, or why one is not known. scale: 1/R_. state: before the batch."""
+    method = evidence.ours.plan.method
+    names = method.statistics_names(match) if only is None else only
+    moments = _moments(match, rows, evidence, scale)
+    if isinstance(moments, Moments):
+        return {name: expected_statistic(method, name, moments, state) for name in names}
+    bias = match.bias is not None
+    return {name: expected_blocks(method, moments, bias=bias, inverse_scale=scale) for name in names}
+
+
 def _statistics(match: LayerMatch, rows: Rows, evidence: Evidence) -> tuple[Check, dict[str, Tensor] | str]:
     """The check of all statistics, and the explicit ones by name, or why they are not known."""
     ours, checks = evidence.ours, []
-    method, plan, scale = ours.plan.method, ours.plan, float(ours.statistics.inverse_scale)
+    method, scale = ours.plan.method, float(ours.statistics.inverse_scale)
     factors: dict[str, Tensor] = {}
     why = ""
-    moments = _moments(match, rows, evidence, scale)
-    for name in method.statistics_names(match):
-        if isinstance(moments, Moments):
-            expected = expected_statistic(method, name, moments, ours.before[match.key])
-        else:
-            expected = expected_blocks(method, moments, bias=match.bias is not None, inverse_scale=scale)
+    found = explicit_statistics(match, rows, evidence, scale=scale, state=ours.before[match.key])
+    for name, expected in found.items():
         if isinstance(expected, str):
             why = expected
             checks.append(Check(name=name, reason=expected))
             continue
         factors[name.replace("_rows", "")] = expected
         checks.append(_statistic_check(match, name, ours.statistics, expected, evidence))
-        if name == "S" and ours.later is not None and isinstance(moments, Moments):
-            again = expected_statistic(method, name, moments, ours.after[match.key])
-            assert isinstance(again, Tensor)
-            checks.append(_statistic_check(match, name, ours.later, again, evidence))
+    if "S" in found and ours.later is not None:
+        after = ours.after[match.key]
+        again = explicit_statistics(match, rows, evidence, scale=scale, state=after, only=("S",))["S"]
+        assert isinstance(again, Tensor)
+        checks.append(_statistic_check(match, "S", ours.later, again, evidence))
     if not checks:
-        return Check(
-            name="statistics", reason=f"{plan.method.name} keeps none for this layer"
-        ), "no statistics"
+        return Check(name="statistics", reason=f"{method.name} keeps none for this layer"), "no statistics"
     return joined("statistics", checks), why or factors
 
 
@@ -166,6 +183,9 @@ def _direction_check(match: LayerMatch, factors: dict[str, Tensor] | str, eviden
     method = evidence.ours.plan.method
     if isinstance(factors, str):
         return Check(name="direction", reason=factors)
+    if isinstance(method, NKFAC):  # its G is the plain sum over gradients as they are
+        scale = float(evidence.ours.statistics.inverse_scale)
+        factors = {name: f / scale if name.startswith("G") else f for name, f in factors.items()}
     expected = expected_direction(method, match, factors, canonical_gradient(match, evidence.plain.gradients))
     if isinstance(expected, str):
         return Check(name="direction", reason=expected)

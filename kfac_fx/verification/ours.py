@@ -5,6 +5,7 @@ Enters: a `Subject` and the options of `compile`. Leaves: everything that is com
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -21,6 +22,7 @@ from kfac_fx.lower import execution, lower
 from kfac_fx.methods import EKFAC
 from kfac_fx.step import TrainStep
 from kfac_fx.types import LayerMatch, State
+from kfac_fx.verification.schedule import shortened
 from kfac_fx.verification.twin import Subject, seeded
 
 
@@ -43,7 +45,8 @@ class Ours:
 
     before, after: state of each layer before the batch, and after its statistics and the first refresh.
     later: statistics of the same batch once more, where they depend on the state. directions: canonical, not
-    yet rescaled. stepped: the model after one training step. rate: its learning rate.
+    yet rescaled. stepped: the model after one training step. rate: its learning rate. training: the step
+    itself, on a model of its own that is as far.
     """
 
     plan: Plan
@@ -55,11 +58,13 @@ class Ours:
     directions: dict[str, Tensor]
     stepped: nn.Module
     rate: float
+    training: TrainStep
 
 
 def our_results(subject: Subject, *, method: Method, options: Mapping[str, Any]) -> Ours:
     """Run everything once. options: fisher, sharing, exclude."""
     stepped = subject.fresh()
+    method = shortened(method)
     step = TrainStep(
         stepped,
         subject.loss_fn,
@@ -73,14 +78,14 @@ def our_results(subject: Subject, *, method: Method, options: Mapping[str, Any])
         step(subject.inputs, subject.targets)
     plan, curvature = step.plan, Curvature(method)
     curvature.adopt(plan)
-    gradients = _run(subject, plan, "gradients", curvature)
+    gradients = run_program(subject, plan, "gradients", curvature)
     before = {match.key: _state(plan, curvature, match) for match in plan.matched}
-    statistics = _run(subject, plan, "batch_statistics", curvature)
+    statistics = run_program(subject, plan, "batch_statistics", curvature)
     with execution():
         curvature.fold(plan, statistics.statistics, statistics.inverse_scale)
         curvature.refresh(method)
     after = {match.key: _state(plan, curvature, match) for match in plan.matched}
-    later = _run(subject, plan, "batch_statistics", curvature) if isinstance(method, EKFAC) else None
+    later = run_program(subject, plan, "batch_statistics", curvature) if isinstance(method, EKFAC) else None
     return Ours(
         plan=plan,
         gradients=gradients,
@@ -89,8 +94,9 @@ def our_results(subject: Subject, *, method: Method, options: Mapping[str, Any])
         before=before,
         after=after,
         directions={m.key: _direction(plan, m, gradients.gradients, after[m.key]) for m in plan.matched},
-        stepped=stepped,
+        stepped=copy.deepcopy(stepped),
         rate=float(step.optimizer.param_groups[0]["lr"]),
+        training=step,
     )
 
 
@@ -101,7 +107,8 @@ def arguments(subject: Subject) -> list[Tensor]:
     return [*fixed, *(b.clone() for b in model.buffers()), *(t.clone() for t in subject.batch.tensors)]
 
 
-def _run(subject: Subject, plan: Plan, variant: Variant, curvature: Curvature) -> Outputs:
+def run_program(subject: Subject, plan: Plan, variant: Variant, curvature: Curvature) -> Outputs:
+    """One of the programs with the state of `curvature`; nothing of it changes."""
     program = instrument(plan, variant, sizes=curvature.sizes())
     given = arguments(subject)
     states = [curvature.tensor(*key) for key in program.state_inputs]

@@ -18,11 +18,14 @@ from kfac_fx.report.rows import forward_order
 from kfac_fx.types import Fisher, LossFn, Sharing
 from kfac_fx.verification.eager import Observed, add_pass, observed_step, plain_step
 from kfac_fx.verification.graph_rows import Values, node_values
+from kfac_fx.verification.later import later_checks
 from kfac_fx.verification.layers import Evidence, verdict
 from kfac_fx.verification.ours import Ours, arguments, our_results
 from kfac_fx.verification.records import Check, Verification
+from kfac_fx.verification.schedule import refusal
 from kfac_fx.verification.text import render
 from kfac_fx.verification.tolerance import Tolerance, tolerance_of
+from kfac_fx.verification.training import later_steps
 from kfac_fx.verification.twin import Subject, seeded, subject_of
 from kfac_fx.verification.update import update_checks
 from kfac_fx.verification.whole import cotangent_check, scale_check, step_checks
@@ -100,10 +103,15 @@ def _verified(subject: Subject, ours: Ours) -> Verification:
     with torch.no_grad():
         updates, others = update_checks(subject, plain, ours, tolerance=tolerance)
         layers = [verdict(match, evidence) for match in forward_order(ours.plan)]
-    layers = [replace(one, checks=(*one.checks, updates[one.layer.key])) for one in layers]
+    ran, stopped = ([], None) if refusal(ours.plan.method) else later_steps(subject, ours.training)
+    with torch.no_grad():
+        later, later_whole = later_checks(evidence, ran, stopped)
+    layers = [
+        replace(one, checks=(*one.checks, updates[one.layer.key], later[one.layer.key])) for one in layers
+    ]
     return Verification(
         plan=ours.plan,
-        whole=(*whole, others),
+        whole=(*whole, others, later_whole),
         layers=tuple(layers),
         precision=str(subject.dtype).removeprefix("torch."),
         note=subject.note,

@@ -7,7 +7,7 @@ layer after a first batch and a first refresh, or why it has no independent form
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from kfac_fx.contracts import Method
 from kfac_fx.methods import EKFAC, FOOF, KFAC, KFC, NKFAC, SINGD, SKFAC, Diagonal
 from kfac_fx.types import LayerMatch
 
-LARGEST_DENSE = 2048  # d_in * d_out of a group whose Kronecker product is written out
+LARGEST_DENSE = 1024  # d_in * d_out of a group whose Kronecker product is written out
 Factors = Mapping[str, Tensor]
 
 
@@ -34,7 +34,7 @@ def expected_direction(method: Method, match: LayerMatch, factors: Factors, grad
     if isinstance(method, (NKFAC, SINGD)) and match.tied:
         return f"{method.name} of a weight that is used in both orientations has no independent formula"
     if isinstance(method, NKFAC):
-        return _nkfac(method, factors, gradient)
+        return nkfac_direction(method, {k: nkfac_share(method, f) for k, f in factors.items()}, gradient)
     if isinstance(method, SINGD):
         return _singd(method, factors, gradient)
     if isinstance(method, KFC) and method.spatially_uncorrelated_activations:
@@ -42,7 +42,7 @@ def expected_direction(method: Method, match: LayerMatch, factors: Factors, grad
     if not isinstance(method, (KFAC, EKFAC, SKFAC)):
         return f"no independent formula for directions of {method.name}"
     if "A_swapped" in factors:
-        factors = _joined(factors)
+        factors = joined_orientations(factors)
     rule = "tikhonov" if isinstance(method, EKFAC) else method.damping_rule
     if rule == "tikhonov":
         return _block_damped(factors["A"], factors["G"], gradient, method.damping)
@@ -121,18 +121,24 @@ def _blocks(method: Method, blocks: Tensor, gradient: Tensor) -> Tensor | str:
     return torch.linalg.solve(blocks + torch.diag_embed(damping[:, None].expand_as(gradient)), gradient)
 
 
-def _nkfac(method: NKFAC, factors: Factors, gradient: Tensor) -> Tensor | str:
-    """Factors of Frobenius norm 1 - decay, each damped relative to its largest eigenvalue (5.2, 5.3)."""
+def nkfac_share(method: NKFAC, factor: Tensor) -> Tensor:
+    """What one batch adds to an average: its moment with Frobenius norm 1 - decay, per group (5.2)."""
+    norm = torch.linalg.vector_norm(factor, dim=(0,) if factor.dim() == 1 else (1, 2), keepdim=True)
+    return (1 - method.decay) * factor / (norm + 1e-12)
 
-    def unit(factor: Tensor) -> Tensor:
-        dims = (0,) if factor.dim() == 1 else (1, 2)
-        norm = torch.linalg.vector_norm(factor, dim=dims, keepdim=True)
-        return (1 - method.decay) * factor / norm.clamp(min=1e-300)
+
+def nkfac_direction(method: NKFAC, averages: Factors, gradient: Tensor) -> Tensor | str:
+    """By exact inverses of averages, each damped relative to its largest eigenvalue (5.3)."""
 
     def added(a: Tensor, g: Tensor) -> tuple[float, float]:
-        return tuple(max(method.damping_floor, method.damping * _power(m)) for m in (a, g))  # type: ignore
+        return nkfac_damping(method, a), nkfac_damping(method, g)
 
-    return _per_group(unit(factors["A"]), unit(factors["G"]), gradient, added, 1.0)
+    return _per_group(averages["A"], averages["G"], gradient, added, 1.0)
+
+
+def nkfac_damping(method: NKFAC, factor: Tensor) -> float:
+    """Of one average, [d, d], or [d] of a diagonal."""
+    return max(method.damping_floor, method.damping * _power(factor))
 
 
 def _power(matrix: Tensor) -> float:
@@ -152,26 +158,57 @@ def _power(matrix: Tensor) -> float:
 
 def _singd(method: SINGD, factors: Factors, gradient: Tensor) -> Tensor:
     """One update of the roots K = C = I (section 8), then C C^T grad K K^T."""
-    a, g = factors["A"], factors["G"]
-    weigh = method.traces_weigh
-    half = 0.5 * (1 - method.alpha1) if method.normalize_lr_cov else 0.5
-    roots = []
-    for own, other in ((a, g), (g, a)):
-        mean = other.mean() if other.dim() == 1 else other.diagonal(dim1=1, dim2=2).mean(1)
-        weight = mean if weigh else torch.ones_like(mean)
-        eye = torch.ones_like(own) if own.dim() == 1 else torch.eye(own.shape[1], dtype=own.dtype).to(own)
-        scaled = own * (weight if own.dim() == 1 else weight.reshape(-1, 1, 1))
-        momentum = half * (scaled + method.damping * eye - eye)
-        rate: float | Tensor = method.lr_cov
-        if method.normalize_lr_cov:
-            largest = momentum.abs().amax() if own.dim() == 1 else momentum.abs().amax((1, 2), keepdim=True)
-            rate = method.lr_cov / largest.clamp(min=1)
-        roots.append(eye - rate * momentum)
+    sides = factors["A"], factors["G"]
+    roots = [torch.ones_like(m) if m.dim() == 1 else torch.ones_like(m[..., 0]).diag_embed() for m in sides]
+    moved, _ = singd_update(method, roots, [torch.zeros_like(m) for m in sides], sides)
+    return singd_direction(moved, gradient)
+
+
+def singd_direction(roots: Sequence[Tensor], gradient: Tensor) -> Tensor:
+    """C C^T grad K K^T. roots: K and C."""
     left = roots[1] @ roots[1].mT @ gradient
     return left * roots[0] ** 2 if roots[0].dim() == 1 else left @ roots[0] @ roots[0].mT
 
 
-def _joined(factors: Factors) -> dict[str, Tensor]:
+def singd_update(
+    method: SINGD, roots: Sequence[Tensor], momenta: Sequence[Tensor], sides: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Roots K and C and their momenta after one batch (section 8). sides: A and G of the batch."""
+    half = 0.5 * (1 - method.alpha1) if method.normalize_lr_cov else 0.5
+    curved = [_between(root, side) for root, side in zip(roots, sides, strict=True)]
+    lengths = [_between(root, None) for root in roots]
+    new_roots, new_momenta = [], []
+    for i in (0, 1):
+        root, other = roots[i], 1 - i
+        eye = torch.ones_like(root) if root.dim() == 1 else torch.ones_like(root[..., 0]).diag_embed()
+        parts = [curved[i], lengths[i]]
+        if method.traces_weigh:
+            parts = [p * _mean(w[other], p) for p, w in zip(parts, (curved, lengths), strict=True)]
+        momentum = half * (parts[0] + method.damping * parts[1] - eye) + method.alpha1 * momenta[i]
+        rate: float | Tensor = method.lr_cov
+        if method.normalize_lr_cov:
+            largest = momentum.abs().amax() if root.dim() == 1 else momentum.abs().amax((1, 2), keepdim=True)
+            rate = method.lr_cov / largest.clamp(min=1)
+        step = eye - rate * momentum
+        new_roots.append(root * step if root.dim() == 1 else root @ step)
+        new_momenta.append(momentum)
+    return new_roots, new_momenta
+
+
+def _between(root: Tensor, moment: Tensor | None) -> Tensor:
+    """K^T M K, or K^T K; of diagonals entry by entry."""
+    if root.dim() == 1:
+        return root**2 if moment is None else root**2 * moment
+    return root.mT @ root if moment is None else root.mT @ moment @ root
+
+
+def _mean(moment: Tensor, like: Tensor) -> Tensor:
+    """The mean eigenvalue per group, to be multiplied with `like`."""
+    mean = moment.mean() if moment.dim() == 1 else moment.diagonal(dim1=1, dim2=2).mean(1)
+    return mean if like.dim() == 1 else mean.reshape(-1, 1, 1)
+
+
+def joined_orientations(factors: Factors) -> dict[str, Tensor]:
     """One pair for a weight used in both orientations: partial traces of the sum of both blocks (9.4)."""
 
     def trace(m: Tensor) -> Tensor:

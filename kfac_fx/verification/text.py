@@ -15,7 +15,8 @@ from kfac_fx.types import LayerMatch
 from kfac_fx.verification.records import Check, LayerVerdict, Verification
 from kfac_fx.wording import counted
 
-COLUMNS = ("layer", "kind", "x", "seen at", "gradient", "statistics", "direction", "update", "source")
+CHECKED = ("gradient", "statistics", "direction", "update", "later steps")
+COLUMNS = ("layer", "kind", "x", "seen at", *CHECKED, "source")
 STYLES = {"ok": "green", "violated": "bold red", "not checked": "yellow"}
 _GAP = "  "
 

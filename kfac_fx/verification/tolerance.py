@@ -37,15 +37,23 @@ def tolerance_of(dtype: torch.dtype) -> Tolerance:
     return TOLERANCES[dtype]
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In float64, to be measured. Flags are 0 and 1; complex numbers get a last dimension of two parts."""
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
+
+
 def distance(found: Tensor, expected: Tensor, *, size: float | Tensor | None = None) -> float:
     """Largest difference relative to `size`, of `expected` where that is None. Infinite if shapes differ."""
     if found.shape != expected.shape:
         return math.inf
     if expected.numel() == 0:
         return 0.0
-    wide = expected.double()
-    largest = float((found.double() - wide).abs().max())
-    size = float(wide.abs().max() if size is None else size)
+    if found.is_complex() != expected.is_complex():
+        return math.inf
+    reference = wide(expected)
+    largest = float((wide(found) - reference).abs().max())
+    size = float(reference.abs().max() if size is None else size)
     if largest == 0.0:
         return 0.0
     return largest / size if size > 0 else largest

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from kfac_fx import guards
 from kfac_fx.batch import Batch, call_model, default_loss, flatten_batch
-from kfac_fx.errors import KfacFxError
 from kfac_fx.graph import tree_map
 from kfac_fx.types import LossFn
 
@@ -92,15 +91,7 @@ def _subject(parts: tuple[Any, Any, Any, Any], *, note: str) -> Subject:
 def _copied(
     model: nn.Module, loss_fn: LossFn | None, inputs: Any, targets: Any
 ) -> tuple[nn.Module, LossFn | None, Any, Any]:
-    try:
-        twin = copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        raise KfacFxError(
-            f"{type(model).__name__} cannot be copied, and verify changes nothing of yours: "
-            f"copy.deepcopy(model) raises {type(error).__name__}: {error}. Pass a model that was built anew."
-        ) from error
-    for parameter in twin.parameters():
-        parameter.grad = None
+    twin = guards.copied(model, "verify")
     own_loss = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
     inputs, targets = tree_map(_cloned, (inputs, targets))
     return twin, own_loss, inputs, targets

@@ -54,13 +54,18 @@ def update_checks(
 
 
 def _error(found: Tensor, wanted: Tensor, old: Tensor) -> float:
-    """Largest difference, less the rounding of the parameter itself, relative to the largest change."""
+    """Largest difference, less the rounding of the parameter itself, relative to the largest change.
+
+    Rounding is that of the parameter's own dtype, value by value: the last sum of a step is off by half an
+    eps of its result, on either side.
+    """
     if not wanted.numel():
         return 0.0
+    eps = torch.finfo(old.dtype).eps
     found, wanted, old = (t.detach().double() for t in (found, wanted, old))
-    rounding = 4 * torch.finfo(torch.float64).eps * float(old.abs().max())
+    rounding = 2 * eps * torch.maximum(old.abs(), wanted.abs())
     change = float((wanted - old).abs().max())
-    excess = float((found - wanted).abs().max()) - rounding
+    excess = float(((found - wanted).abs() - rounding).max())
     if math.isnan(excess):
         return math.nan
     return 0.0 if excess <= 0 else excess / change if change > 0 else excess
@@ -75,11 +80,7 @@ def _expected(subject: Subject, plain: Plain, ours: Ours) -> dict[str, Tensor] |
         return "the quadratic model's update has no independent formula here"
     gradients = [canonical_gradient(match, plain.gradients).double() for match in matches]
     directions = [ours.directions[match.key].double() for match in matches]
-    if isinstance(method, NKFAC):
-        pairs = zip(directions, gradients, strict=True)
-        directions = [v * (g.norm() / (v.norm() + 1e-12)) for v, g in pairs]
-    elif method.kl_clip is not None:
-        directions = _clipped(directions, gradients, ours.rate, method.kl_clip)
+    directions = rescaled(method, directions, gradients, ours.rate)
     model = subject.fresh()
     named = dict(model.named_parameters())
     for name, gradient in plain.gradients.items():
@@ -90,10 +91,22 @@ def _expected(subject: Subject, plain: Plain, ours: Ours) -> dict[str, Tensor] |
     return {name: p.detach() for name, p in named.items()}
 
 
+def rescaled(
+    method: KroneckerFactored, directions: Sequence[Tensor], gradients: Sequence[Tensor], rate: float
+) -> list[Tensor]:
+    """Directions of all layers with the lengths of 1.8: of each gradient (C2), or within the KL clip (C1)."""
+    if isinstance(method, NKFAC):
+        pairs = zip(directions, gradients, strict=True)
+        return [v * (g.norm() / (v.norm() + 1e-12)) for v, g in pairs]
+    if method.kl_clip is not None:
+        return _clipped(directions, gradients, rate, method.kl_clip)
+    return list(directions)
+
+
 def _clipped(
     directions: Sequence[Tensor], gradients: Sequence[Tensor], rate: float, bound: float
 ) -> list[Tensor]:
-    """One factor nu = min(1, sqrt(bound / |sum lr^2 <V, grad>|)) for all layers (1.8, C1)."""
+    """One factor nu = min(1, sqrt(bound / |sum lr^2 <V, grad>|)) for all layers (methods.md 1.8 C1)."""
     products = [float((v * g).sum()) for v, g in zip(directions, gradients, strict=True)]
     total = abs(rate**2 * sum(products))
     nu = 1.0 if total == 0 else min(1.0, math.sqrt(bound / total))

@@ -15,7 +15,7 @@ from kfac_fx.loss import LossCall
 from kfac_fx.verification.eager import Observed, Plain
 from kfac_fx.verification.ours import Outputs
 from kfac_fx.verification.records import Check
-from kfac_fx.verification.tolerance import compared, distance
+from kfac_fx.verification.tolerance import compared, distance, wide
 from kfac_fx.wording import counted
 
 _MOST_COLUMNS = 256
@@ -41,11 +41,11 @@ def _all(
         )
     if all(torch.equal(found[key], expected[key]) for key in expected):
         return Check(name=name, error=0.0, tolerance=tolerance, detail="bit-identical")
-    largest = max(float(t.abs().max()) for t in expected.values() if t.numel())
+    sizes = {key: float(wide(tensor).abs().max()) for key, tensor in expected.items() if tensor.numel()}
+    largest = max(sizes.values())
     errors = {
-        key: distance(found[key], tensor, size=max(float(tensor.abs().max()), 1e-4 * largest))
-        for key, tensor in expected.items()
-        if tensor.numel()
+        key: distance(found[key], expected[key], size=max(size, 1e-4 * largest))
+        for key, size in sizes.items()
     }
     worst = max(errors, key=lambda key: float("inf") if errors[key] != errors[key] else errors[key])
     source = plan.capture.user_sources.get(worst)
