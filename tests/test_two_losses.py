@@ -4,6 +4,7 @@ The reference knows neither losses nor passes: G = sum of J^T H J over the joine
 the Hessian of the WHOLE loss by double backward. Draws are repeated by hand from the same seed.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -266,6 +267,13 @@ def test_every_parameter_is_matched_and_has_the_passes_that_reach_it(name: str) 
 def test_every_parameter_is_matched_by_one_drawn_pass(name: str) -> None:
     plan = planned(name, "weighted", "mc")
     assert not plan.skipped and {match.num_passes for match in plan.matched} == {1}
+
+
+@pytest.mark.parametrize("name", ["siamese", "same input"])
+def test_verify_knows_uses_that_a_pass_does_not_reach(name: str) -> None:
+    found = kfac_fx.verify(copy.deepcopy(model_of(name)), weighted, *data(), fisher="type2")
+    assert found.ok, str(found)
+    assert "the loss is a sum of several: cross_entropy (mean) + mse (mean)" in str(found)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -45,11 +45,19 @@ def block_rows(match: LayerMatch, values: Values) -> list[BlockRows]:
     return [_block_rows(use, values) for use in match.uses]
 
 
+def _gradients(use: Use, values: Values) -> list[Tensor]:
+    """Of each pass that reaches the layer: zeros where it does not reach this use."""
+    found = [values[node] * use.scale for node in use.g]
+    for place in use.absent:
+        found.insert(place + 1, torch.zeros_like(found[0]))
+    return found
+
+
 def _use_rows(match: LayerMatch, use: Use, values: Values) -> UseRows:
     assert use.a is not None
     kind, a = use.options["kind"], values[use.a]
     swapped = use.options.get("swapped", False)
-    g = [values[node] * use.scale for node in use.g]
+    g = _gradients(use, values)
     if kind == "convolution":
         return convolution_rows(a, g, _window(use, g[0]), ones=use.bias)
     if kind == "linear":
@@ -140,7 +148,7 @@ def _by_expert(x: Tensor, routed: Tensor, use: Use) -> Tensor:
 
 def _block_rows(use: Use, values: Values) -> BlockRows:
     kind, rows, channels = use.options["kind"], use.options["rows"], use.options["channels"]
-    g = [values[node] * use.scale for node in use.g]
+    g = _gradients(use, values)
     if kind != "norm":
         order = use.options["order"]
         moved = [one.permute(order).reshape(rows, -1, channels) for one in g]

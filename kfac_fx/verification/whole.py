@@ -106,7 +106,8 @@ def cotangent_check(
 def _single(plan: Plan, observed: Observed) -> LossCall | str:
     """The one call of a known loss, or why there is none."""
     if len(observed.losses) != 1 or len(plan.capture.losses) != 1:
-        return plan.capture.loss_info.note
+        several = len(plan.capture.losses) > 1
+        return ("the loss is a sum of several: " if several else "") + plan.capture.loss_info.note
     return observed.losses[0]
 
 
