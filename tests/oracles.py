@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 Factors = dict[str, dict[str, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -22,6 +23,21 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     assert value.shape == reference.shape, f"{tuple(value.shape)} is not {tuple(reference.shape)}"
     assert value.dtype == reference.dtype, f"{value.dtype} is not {reference.dtype}"
     return ((value - reference).norm() / reference.norm()).item()
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's own, but that it takes all channels for those of a group in the gradient of a weight."""
+    backward = {torch.ops.aten.convolution_backward: _convolution_backward}
+    return FlopCounterMode(display=False, custom_mapping=backward)
+
+
+def _convolution_backward(
+    gradient: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: object, **options: object
+) -> int:
+    """A multiply-add per entry of the kernel for every pixel that it starts from, in both gradients."""
+    transposed, wanted = rest[4], rest[7]
+    assert isinstance(transposed, bool) and isinstance(wanted, (list, tuple))
+    return 2 * math.prod(x if transposed else gradient) * math.prod(weight[1:]) * sum(wanted[:2])
 
 
 # ---------------------------------------------------------------- the loss

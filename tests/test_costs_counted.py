@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import kfac_fx
 from kfac_fx import report
@@ -27,6 +26,7 @@ from kfac_fx.graph import fake_mode
 from kfac_fx.instrument import instrument
 from kfac_fx.layout import Geometry
 from kfac_fx.report.numbers import flops_text
+from tests.oracles import flop_counter
 from tests.test_statistics_memory import made
 
 TOLERANCE = 0.07
@@ -128,7 +128,7 @@ def make_plan(model: type[nn.Module], case: str) -> Plan:
 def counted(module: GraphModule) -> int:
     """FLOPs of one run, without data."""
     inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
-    with fake_mode(module.graph), FlopCounterMode(display=False) as counter:
+    with fake_mode(module.graph), flop_counter() as counter:
         module(*inputs)
     return counter.get_total_flops()
 

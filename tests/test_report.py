@@ -1,6 +1,6 @@
 """The reports of a plan agree with each other, with the plan and with the saved text.
 
-`python tests/test_report.py --overwrite` saves text and JSON anew after a change that is meant.
+`python -m tests.test_report --overwrite` saves text and JSON anew after a change that is meant.
 """
 
 import ast
@@ -17,7 +17,6 @@ import pytest
 from rich.console import Console
 from torch import nn
 from torch.fx import GraphModule
-from torch.utils.flop_counter import FlopCounterMode
 
 import kfac_fx
 from kfac_fx import report
@@ -31,6 +30,7 @@ from kfac_fx.report.lines import plain_text
 from kfac_fx.report.program import WIDTH, wrapped
 from kfac_fx.target import load_target
 from kfac_fx.types import LayerMatch
+from tests.oracles import flop_counter
 
 GOLDEN = Path(__file__).parent / "golden"
 WIDTHS = (80, 100, 120, 200)
@@ -182,7 +182,7 @@ def test_the_numbers_of_the_saved_document_are_those_of_the_model() -> None:
         owners = {factor["shared_with"] for factor in layer["factors"]} - {None}
         assert owners == ({layer["key"][:-8] + "q.weight"} if layer["name"].endswith((".k", ".v")) else set())
     assert list(modules) == [""]  # holds the two parameters that no layer has
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         target.loss_fn(target.model(target.inputs), target.targets).backward()
     assert saved["totals"]["flops_model"] == counter.get_total_flops()
     parameters = {name: p.numel() for name, p in target.model.named_parameters() if p.requires_grad}
