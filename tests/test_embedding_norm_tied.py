@@ -15,6 +15,8 @@ from tests.oracles import (
     weight_ggn,
 )
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 VOCABULARY, WIDTH, CLASSES = 7, 3, 2
 TOLERANCE = 1e-10
 

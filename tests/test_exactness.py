@@ -23,6 +23,8 @@ from tests.oracles import (
     weight_ggn,
 )
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 TOLERANCE = 1e-10
 REDUCTIONS = ("mean", "sum")
 LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss, "bce": nn.BCEWithLogitsLoss}

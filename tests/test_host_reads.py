@@ -21,6 +21,8 @@ from kfac_fx import host
 from kfac_fx.errors import NonFiniteLossError
 from tests.training import differing, snapshot, twin
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 READS = frozenset(
     getattr(Tensor, name)
     for name in ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__", "nonzero")

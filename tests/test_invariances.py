@@ -16,6 +16,8 @@ import kfac_fx
 from tests.helpers import factor_reader, gradients, one_step
 from tests.oracles import relative_error
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 Direction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

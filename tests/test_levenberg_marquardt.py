@@ -12,6 +12,8 @@ import kfac_fx
 from tests.plain_kfac import RATE, PlainKFAC, batches, compiled, network
 from tests.training import differing, run_step, snapshot
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 ADAPT_EVERY = 2
 
 

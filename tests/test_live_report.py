@@ -24,6 +24,8 @@ from kfac_fx.methods import METHODS
 from tests.test_every_method import method_of, step_of
 from tests.training import Batch, snapshot
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 
 class Blocks(nn.Module):
     """Two layers that are alike and a head."""

@@ -15,6 +15,8 @@ import kfac_fx
 from tests.helpers import batch_factors
 from tests.oracles import loss_hessian, record_uses, reference_factors, relative_error
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 TOLERANCE = 1e-10
 N, C = 6, 3

@@ -18,6 +18,8 @@ from kfac_fx.quadratic import gram, minimiser
 from tests.helpers import gradients
 from tests.oracles import jacobians, loss_hessian
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 TOLERANCE = 1e-10
 DAMPING, ETA = 0.05, 0.01
 Loss = Callable[[Tensor, Tensor], Tensor]

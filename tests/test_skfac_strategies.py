@@ -12,6 +12,8 @@ from tests.oracles import append_one, conv_patches, relative_error
 from tests.test_skfac import DAMPING, TOLERANCE, assert_equal, conv_net, doubles, images, kfac, run, skfac
 from tests.training import run_step, snapshot, twin
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 
 class Sampled(nn.Module):
     """A convolution with 36 positions whose rows can be told apart."""

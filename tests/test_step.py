@@ -29,6 +29,8 @@ from tests.training import (
     twin,
 )
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 STEPS = 20
 
 

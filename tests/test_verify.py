@@ -24,6 +24,8 @@ from kfac_fx.methods import kfac as kfac_method
 from kfac_fx.verification import Verification, document, update, whole
 from kfac_fx_cli.main import app
 
+pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
+
 Example = tuple[nn.Module, Callable[[Tensor, Tensor], Tensor] | None, Any, Any]
 
 
