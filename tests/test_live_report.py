@@ -428,6 +428,8 @@ def test_before_the_first_step_and_after_loading_there_is_a_report() -> None:
     other, _ = trained("kfac", 3)
     step.load_state_dict(other.state_dict())
     assert step.report().steps == 3 and step.report().losses == ()
+    assert step.report().state_bytes == other.report().state_bytes > 0
+    assert "factors  of the loaded state are known from the next step" in str(step.report())
     step(*batches(1)[0])
     assert step.report().steps == 4 and len(step.report().losses) == 1
     assert [layer.since_refresh for layer in step.report().layers] == [None] * 3

@@ -254,6 +254,8 @@ def test_a_batch_of_another_shape_is_refused_by_name(folder: Path) -> None:
     inputs, targets = module.random_batch()
     with pytest.raises(ValueError, match=r"inputs is \[3, 2, 5, 4\].* for \[6, 2, 5, 4\]"):
         module.step(module.initial_state(), inputs[:3], targets[:3])
+    with pytest.raises(ValueError, match=r"inputs is a tuple, not a tensor of \[6, 2, 5, 4\]"):
+        module.step(module.initial_state(), (inputs,), targets)
 
 
 def test_a_method_with_the_quadratic_model_is_refused_and_the_file_says_why() -> None:

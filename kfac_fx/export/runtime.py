@@ -117,6 +117,8 @@ def check_batch(batch: Mapping[str, Tensor]) -> None:
     """Raise ValueError for a tensor that is not like the one that was captured: the shapes are fixed."""
     for name, tensor in batch.items():
         place, shape, dtype = EXPECTED[name]
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{place} is a {type(tensor).__name__}, not a tensor of {list(shape)} {dtype}")
         if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
             found = f"{list(tensor.shape)} {tensor.dtype}"
             raise ValueError(f"{place} is {found}, but this file is for {list(shape)} {dtype}")

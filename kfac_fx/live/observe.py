@@ -5,7 +5,7 @@ Enters: captures, progress, journal. Leaves: the record.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
@@ -13,7 +13,6 @@ import torch
 
 from kfac_fx.captures import Captures
 from kfac_fx.contracts import Method, Plan
-from kfac_fx.curvature import Curvature
 from kfac_fx.errors import UnknownNameError, did_you_mean
 from kfac_fx.live.health import LayerHealth, factor_health
 from kfac_fx.live.journal import Journal
@@ -24,7 +23,7 @@ from kfac_fx.methods.base import KroneckerFactored
 from kfac_fx.progress import Progress
 from kfac_fx.report.rows import fits, forward_order, layer_labels, layer_rows
 from kfac_fx.stages import runs
-from kfac_fx.types import LayerMatch
+from kfac_fx.types import LayerMatch, State
 
 KINDS = ("plain", "statistics", "refresh", "first run")
 
@@ -92,7 +91,7 @@ def observe(
         layers=tuple(found),
         left_out=tuple(left_out),
         max_dim=max_dim,
-        state_bytes=_bytes(progress.curvature, _matches(captures.plans), set()),
+        state_bytes=_bytes(progress.curvature.state_dict()["curvature"].values(), set()),
         render=render,
     )
 
@@ -122,16 +121,11 @@ def _layers(
                 statistics=curvature.statistics.get(match.key, 0),
                 refreshes=curvature.refreshes.get(match.key, 0),
                 since_refresh=None if at is None else progress.steps - at,
-                state_bytes=_bytes(curvature, {match.key: match}, counted),
+                state_bytes=_bytes([curvature.state(match.key)], counted),
                 factors=tuple(factor_health(view, max_dim=max_dim, known=known) for view in seen),
             )
         )
     return found
-
-
-def _matches(plans: list[Plan]) -> dict[str, LayerMatch]:
-    """Layers of all captures, each once."""
-    return {match.key: match for plan in plans for match in plan.matched}
 
 
 def _chosen(plans: list[Plan], pattern: str) -> list[tuple[LayerMatch, str, str]]:
@@ -150,14 +144,13 @@ def _chosen(plans: list[Plan], pattern: str) -> list[tuple[LayerMatch, str, str]
     return list(found.values())
 
 
-def _bytes(curvature: Curvature, matches: Mapping[str, LayerMatch], counted: set[int]) -> int:
-    """Of the state tensors of these layers that were not counted yet."""
+def _bytes(states: Iterable[State], counted: set[int]) -> int:
+    """Of the tensors that were not counted yet."""
     total = 0
-    for key in matches:
-        for tensor in curvature.state(key).values():
-            if id(tensor) not in counted:
-                counted.add(id(tensor))
-                total += tensor.numel() * tensor.element_size()
+    for tensor in (tensor for state in states for tensor in state.values()):
+        if id(tensor) not in counted:
+            counted.add(id(tensor))
+            total += tensor.numel() * tensor.element_size()
     return total
 
 

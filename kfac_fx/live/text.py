@@ -76,7 +76,8 @@ def _table_lines(report: StepReport) -> list[str]:
     for layer in report.layers:
         groups.setdefault(layer.group, []).append(layer)
     if not groups:
-        return []
+        waiting = report.state_bytes > 0  # loaded: which layer a state belongs to, the capture knows
+        return ["factors  of the loaded state are known from the next step"] if waiting else []
     shown = _fitting(groups)
     header: list[str] = list(COLUMNS)
     lines = [header, *(cells for name in groups if name in shown for cells in shown[name])]
