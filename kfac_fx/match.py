@@ -139,7 +139,8 @@ def _behind_product(root: Node, kinds: Iterable[LayerKind], facts: Facts) -> boo
         for node in queue.pop(0).all_input_nodes:
             if node in seen or node not in facts.capture.backward:
                 continue
-            if any(isinstance(kind.match(Term(root=node), facts), Product) for kind in contractions):
+            term = Term(root=node)
+            if any(isinstance(kind.match(term, facts), Product) for kind in contractions):
                 return True
             seen.add(node)
             queue.append(node)

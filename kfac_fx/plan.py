@@ -19,7 +19,7 @@ from kfac_fx.canonical import state_dtype
 from kfac_fx.contracts import Method, Plan
 from kfac_fx.errors import Reason, UnsupportedModelError
 from kfac_fx.forms import by_rows
-from kfac_fx.graph import aten, shape, value
+from kfac_fx.graph import aten, is_op, shape, value
 from kfac_fx.traced import Capture
 from kfac_fx.types import Fisher, LayerMatch, Matches, Sharing, Skip, Use
 
@@ -131,6 +131,8 @@ def _model_nodes(capture: Capture) -> set[Node]:
 
 def _fisher_nodes(plan: Plan) -> set[Node]:
     """What the statistics need of the backward passes behind the training backward."""
+    if len(plan.capture.passes) == 1:
+        return set()
     read = [
         g for match in plan.matched if _reads_gradients(plan, match) for use in match.uses for g in use.g[1:]
     ]
@@ -155,22 +157,34 @@ def _sources(ends: Iterable[Node]) -> set[Node]:
 
 
 def _flops(nodes: Collection[Node]) -> int:
-    """Floating point operations by torch's own counter, which takes what groups have for the whole in the
-    gradient of a convolution's weight: each gradient that is read among these nodes has the forward's.
-    """
+    """Floating point operations of the nodes, of a convolution's backward for what is read among them."""
+    known: dict[object, int] = {}
     total = 0
     for node in nodes:
-        packet, times, result = getattr(node.target, "overloadpacket", None), 1, node.meta.get("val")
-        if packet not in flop_registry:
+        if getattr(node.target, "overloadpacket", None) not in flop_registry:
             continue
-        args: tuple[Any, ...]
-        args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])  # type: ignore[assignment]
-        if packet is aten.convolution_backward:
-            read = {int(user.args[1]) for user in node.users if user in nodes}  # type: ignore[arg-type]
-            times = sum(place in read and bool(args[-1][place]) for place in (0, 1))
-            packet, result, args = aten.convolution, args[0], (*args[1:3], None, *args[4:-1])
-        total += times * int(flop_registry[packet](*args, **kwargs, out_val=result))
+        read = frozenset[object]()
+        if is_op(node, aten.convolution_backward.default):
+            read = frozenset(user.args[1] for user in node.users if user in nodes)
+        like = [str(value(arg).shape) if isinstance(arg, Node) else repr(arg) for arg in node.args]
+        key = node.target, tuple(like), repr(node.kwargs), read
+        if key not in known:
+            known[key] = _flops_of(node, read)
+        total += known[key]
     return total
+
+
+def _flops_of(node: Node, read: Collection[object]) -> int:
+    """By torch's own counter, which takes what groups have for the whole in the gradient of a convolution's
+    weight: each gradient that is read has the forward's.
+    """
+    packet, times, result = node.target.overloadpacket, 1, node.meta.get("val")  # type: ignore[union-attr]
+    args: tuple[Any, ...]
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])  # type: ignore[assignment]
+    if packet is aten.convolution_backward:
+        times = sum(place in read and bool(args[-1][place]) for place in (0, 1))
+        packet, result, args = aten.convolution, args[0], (*args[1:3], None, *args[4:-1])
+    return times * int(flop_registry[packet](*args, **kwargs, out_val=result))
 
 
 def check_strict(plan: Plan) -> None:
