@@ -13,7 +13,7 @@ import torch
 from kfac_fx import Reason, methods
 from pagetools import small
 from pagetools.blocks import PageError, blocks_of
-from pagetools.commands import can_fork, commands_of, forked, run_program
+from pagetools.commands import commands_of, run_file, run_program
 from pagetools.formulas import with_mathml
 from pagetools.offline import loaded_from_elsewhere
 from pagetools.pages import rendered
@@ -168,8 +168,7 @@ def test_every_option_that_makes_a_command_short_is_last() -> None:
     assert small.options_for("kfac-fx benchmark TARGET") == []
 
 
-@pytest.mark.skipif(not can_fork(), reason="no fork here: `python FILE` is a process of its own anyhow")
-def test_a_file_in_a_fork_does_what_it_does_in_a_new_process(tmp_path: Path) -> None:
+def test_a_file_that_is_run_does_what_it_does_in_a_new_process(tmp_path: Path) -> None:
     """Arguments, folder, path, modules beside it, messages and exit codes."""
     (tmp_path / "room").mkdir()
     (tmp_path / "room" / "textwrap.py").write_text("WORD = 'that beside the file'\n")
@@ -179,9 +178,12 @@ def test_a_file_in_a_fork_does_what_it_does_in_a_new_process(tmp_path: Path) -> 
         "os.system('echo of a program')\n"
         "sys.exit({'text': 'a message', 'raise': 3}.get(sys.argv[1], 0))\n"
     )
-    for word in ("fine", "text", "raise"):
+    for word, code in {"fine": 0, "text": 1, "raise": 3}.items():
         words = ["room/main.py", word]
-        assert forked(words, tmp_path) == run_program([sys.executable, *words], tmp_path)
+        said = "a message\n" if word == "text" else ""
+        facts = f"__main__ {words} {tmp_path} {tmp_path / 'room'} that beside the file"
+        assert run_file(words, tmp_path) == (f"{facts}\nof a program\n{said}", code)
+        assert run_program([sys.executable, *words], tmp_path) == run_file(words, tmp_path)
 
 
 def test_a_shown_text_may_leave_lines_out() -> None:

@@ -36,6 +36,8 @@ SWITCHES = (
     "--disable-component-update",
     "--disable-sync",
 )
+# The one skip of the suite: a browser is a program that only a system's packages have. `make test` installs it
+# with apt; where that cannot be, everything but clicks is still tested, and the reason is printed.
 pytestmark = pytest.mark.skipif(
     None in PROGRAMS.values(), reason="no chromium and chromedriver here, and apt could not install them"
 )

@@ -47,9 +47,7 @@ def run(command: str, folder: Path, place: str, *, fails: bool = False) -> str:
     if words[0] == "kfac-fx":
         text, code = _run_ours(words[1:], folder)
     elif words[0] == "python":
-        text, code = (
-            forked(words[1:], folder) if can_fork() else run_program([sys.executable, *words[1:]], folder)
-        )
+        text, code = run_file(words[1:], folder)
     elif words[0] in _FILES:
         text, code = run_program(words, folder)
         code = 0 if words[0] == "diff" else code
@@ -86,6 +84,11 @@ def _run_ours(words: list[str], folder: Path) -> tuple[str, int]:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.output, result.exit_code
+
+
+def run_file(words: list[str], folder: Path) -> tuple[str, int]:
+    """What `python WORDS` prints, and its exit code: in a fork where this process can be copied."""
+    return forked(words, folder) if can_fork() else run_program([sys.executable, *words], folder)
 
 
 def can_fork() -> bool:
