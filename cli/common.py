@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 import kfac_fx
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import KfacFxError
 from kfac_fx.lower import BACKENDS
+from kfac_fx.planned import Plan
 from kfac_fx.target import Target, load_target
 
 app = typer.Typer(

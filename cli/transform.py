@@ -9,8 +9,8 @@ from typing import Any
 import typer
 
 from kfac_fx import export
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import ExportWarning
+from kfac_fx.planned import Plan
 from kfac_fx.report.table import make_console, show
 from kfac_fx.target import Target
 from kfac_fx_cli.common import (

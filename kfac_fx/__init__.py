@@ -16,7 +16,6 @@ from kfac_fx import errors as errors
 from kfac_fx import guards as _guards
 from kfac_fx.batch import flatten_batch as _flatten_batch
 from kfac_fx.contracts import Method
-from kfac_fx.contracts import Plan as Plan
 from kfac_fx.errors import KfacFxError as KfacFxError
 from kfac_fx.errors import NonFiniteLossError as NonFiniteLossError
 from kfac_fx.errors import Reason as Reason
@@ -33,6 +32,7 @@ from kfac_fx.methods import SKFAC as SKFAC
 from kfac_fx.methods import AdaNKFAC as AdaNKFAC
 from kfac_fx.methods import Diagonal as Diagonal
 from kfac_fx.methods import resolve as _resolve
+from kfac_fx.planned import Plan as Plan
 from kfac_fx.schedule import Refresh
 from kfac_fx.stages import SWITCHABLE_PASSES as SWITCHABLE_PASSES
 from kfac_fx.stages import log_as_asked as _log_as_asked

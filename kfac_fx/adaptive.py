@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.canonical import gradient_names
-from kfac_fx.contracts import DampedMethod, Method, Plan
+from kfac_fx.contracts import DampedMethod, Method
 from kfac_fx.curvature import Curvature, Rates
 from kfac_fx.curvature import Snapshot as CurvatureSnapshot
 from kfac_fx.errors import CaptureError, NonFiniteLossError, StateError
 from kfac_fx.forward import Derivative, Forward, Vector
 from kfac_fx.levenberg import Strength
+from kfac_fx.planned import Plan
 from kfac_fx.quadratic import combination, dot, gram, minimiser
 
 Directions = list[dict[str, Tensor]]

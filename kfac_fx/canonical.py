@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kfac_fx.contracts import Plan
+from kfac_fx.planned import Plan
 from kfac_fx.types import LayerMatch, State
 
 

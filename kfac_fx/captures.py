@@ -13,10 +13,10 @@ from torch import nn
 from kfac_fx import guards
 from kfac_fx.batch import Batch, flatten_batch
 from kfac_fx.compiled import Compiled
-from kfac_fx.contracts import Plan
 from kfac_fx.curvature import Curvature
 from kfac_fx.errors import KfacFxError
 from kfac_fx.forward import forward_program
+from kfac_fx.planned import Plan
 
 Tracer = Callable[[Batch], Plan]
 

@@ -15,9 +15,9 @@ from torch.fx import Node
 from kfac_fx import editing
 from kfac_fx import graph as fxgraph
 from kfac_fx.canonical import to_matrix
-from kfac_fx.contracts import Plan
 from kfac_fx.functions import KINDS_BY_NAME, use_values
 from kfac_fx.layers.statistics import UseValues
+from kfac_fx.planned import Plan
 from kfac_fx.types import LayerMatch
 
 

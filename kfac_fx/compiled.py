@@ -17,12 +17,12 @@ from torch.fx import GraphModule
 from kfac_fx import guards, stages
 from kfac_fx.adaptive import Point
 from kfac_fx.batch import Batch
-from kfac_fx.contracts import Plan
 from kfac_fx.curvature import Curvature, Key, Rates
 from kfac_fx.forward import Forward
 from kfac_fx.host import zeros_unless
 from kfac_fx.instrument import VARIANTS, Program, Variant, instrument
 from kfac_fx.lower import lower, mutated_placeholders
+from kfac_fx.planned import Plan
 from kfac_fx.watch import Watch
 
 Which = tuple[Variant, frozenset[str] | None]  # and the layers whose statistics it collects, None for all

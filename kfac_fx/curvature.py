@@ -15,11 +15,12 @@ from torch import Tensor
 
 from kfac_fx import host
 from kfac_fx.canonical import gradient_names, state_owner
-from kfac_fx.contracts import Method, Plan
+from kfac_fx.contracts import Method
 from kfac_fx.errors import StateError
 from kfac_fx.functions import precondition_function, state_keys
 from kfac_fx.outcomes import Outcomes
 from kfac_fx.places import Key, Places, Present, placed
+from kfac_fx.planned import Plan
 from kfac_fx.precision import full_float32
 from kfac_fx.schedule import Schedule
 from kfac_fx.stages import runs

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from kfac_fx.canonical import initial_state
-from kfac_fx.contracts import Plan
+from kfac_fx.planned import Plan
 from kfac_fx.types import LayerMatch
 from kfac_fx.writer import GraphWriter, Key
 

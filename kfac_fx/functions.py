@@ -20,9 +20,9 @@ from kfac_fx.canonical import (
     state_owner,
     to_matrix,
 )
-from kfac_fx.contracts import Plan
 from kfac_fx.layers import KINDS
 from kfac_fx.layers.statistics import MatchStatistics, UseValues
+from kfac_fx.planned import Plan
 from kfac_fx.stages import runs
 from kfac_fx.types import LayerMatch, State, Use
 

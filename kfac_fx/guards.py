@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from kfac_fx.batch import Batch
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import (
     InputError,
     KfacFxError,
@@ -22,6 +21,7 @@ from kfac_fx.errors import (
     UnknownNameError,
     did_you_mean,
 )
+from kfac_fx.planned import Plan
 
 Fingerprint = dict[str, tuple[int, tuple[int, ...], torch.dtype, torch.device]]
 

@@ -17,9 +17,9 @@ from torch.fx import GraphModule, Node
 from kfac_fx import stages
 from kfac_fx.canonical import from_matrices, gradient_names, state_owner
 from kfac_fx.collect import write_averages, write_guard, write_statistics
-from kfac_fx.contracts import Plan
 from kfac_fx.draft import Draft
 from kfac_fx.functions import layer_function, products, signature
+from kfac_fx.planned import Plan
 from kfac_fx.stages import PassRecord
 from kfac_fx.wording import counted
 from kfac_fx.writer import Key, identifier, of_layer

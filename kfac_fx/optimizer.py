@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx import guards, host
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import OptimizerMismatchError
+from kfac_fx.planned import Plan
 
 
 @final

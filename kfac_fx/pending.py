@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kfac_fx.canonical import state_owner
-from kfac_fx.contracts import Plan
 from kfac_fx.curvature import Key
+from kfac_fx.planned import Plan
 from kfac_fx.types import LayerMatch
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kfac_fx.canonical import state_dtype, state_owner
-from kfac_fx.contracts import Method, Plan
+from kfac_fx.contracts import Method
 from kfac_fx.errors import StateError
+from kfac_fx.planned import Plan
 from kfac_fx.types import LayerMatch, State
 
 Key = tuple[str, str]

@@ -16,10 +16,11 @@ from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
 from kfac_fx.canonical import state_dtype
-from kfac_fx.contracts import Method, Plan
+from kfac_fx.contracts import Method
 from kfac_fx.errors import Reason, UnsupportedModelError
 from kfac_fx.forms import by_rows
 from kfac_fx.graph import aten, is_op, shape, value
+from kfac_fx.planned import Plan
 from kfac_fx.traced import Capture
 from kfac_fx.types import Fisher, LayerMatch, Matches, Sharing, Skip, Use
 

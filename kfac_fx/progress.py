@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from kfac_fx import host
 from kfac_fx.adaptive import Point, quadratic_update
-from kfac_fx.contracts import DampedMethod, Method, Plan
+from kfac_fx.contracts import DampedMethod, Method
 from kfac_fx.curvature import Curvature, Rates, Snapshot
 from kfac_fx.errors import KfacFxError
 from kfac_fx.lower import execution
 from kfac_fx.pending import Pending
+from kfac_fx.planned import Plan
 from kfac_fx.schedule import check_staggered
 from kfac_fx.stages import runs
 

@@ -19,7 +19,7 @@ from kfac_fx.adaptive import Point
 from kfac_fx.batch import Batch
 from kfac_fx.captures import Captures
 from kfac_fx.compiled import Compiled, Graphs, Outputs
-from kfac_fx.contracts import Method, Plan
+from kfac_fx.contracts import Method
 from kfac_fx.errors import KfacFxError
 from kfac_fx.functions import update_products
 from kfac_fx.instrument import Variant
@@ -27,6 +27,7 @@ from kfac_fx.live import PROGRAM_PHASES, Journal, StepReport, journaled, observe
 from kfac_fx.lower import execution, resolve_backend
 from kfac_fx.optimizer import OptimizerLink
 from kfac_fx.pending import Pending
+from kfac_fx.planned import Plan
 from kfac_fx.progress import Progress
 from kfac_fx.schedule import Refresh
 from kfac_fx.stages import runs

@@ -11,10 +11,11 @@ from torch import nn
 from kfac_fx import forms, stages
 from kfac_fx.batch import Batch
 from kfac_fx.capture import capture
-from kfac_fx.contracts import Method, Plan
+from kfac_fx.contracts import Method
 from kfac_fx.errors import CaptureError
 from kfac_fx.match import match
 from kfac_fx.plan import check_strict, make_plan
+from kfac_fx.planned import Plan
 from kfac_fx.report import render
 from kfac_fx.traced import Capture
 from kfac_fx.types import Fisher, LossFn, Matches, Sharing

@@ -16,7 +16,7 @@ from torch.fx import Node
 from kfac_fx import editing
 from kfac_fx import graph as fxgraph
 from kfac_fx.canonical import initial_state, state_owner
-from kfac_fx.contracts import Plan
+from kfac_fx.planned import Plan
 from kfac_fx.splice import buffer_names, splice
 from kfac_fx.stages import runs
 from kfac_fx.types import LayerMatch

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kfac_fx import trace, traces
-from kfac_fx.contracts import Plan
 from kfac_fx.export.subject import StatisticsStep, statistics_step
+from kfac_fx.planned import Plan
 from tests.pages import GOLDEN, plan_of
 from tests.shared_captures import remembering
 

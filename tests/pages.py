@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.contracts import Plan
 from kfac_fx.export.page import page
 from kfac_fx.export.page_data import page_data
 from kfac_fx.export.subject import statistics_step
+from kfac_fx.planned import Plan
 from kfac_fx.target import load_target
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,11 +9,11 @@ from torch import nn
 
 import kfac_fx
 from kfac_fx import export
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import ExportWarning, KfacFxError
 from kfac_fx.export import folder as folder_module
 from kfac_fx.export import subject as subject_module
 from kfac_fx.export.subject import Subject
+from kfac_fx.planned import Plan
 from kfac_fx.target import Target
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("types", "stages", "outfile"),
     ("traced", "sources"),
     ("contracts", "graph", "linalg", "gram", "loss", "forms"),
-    ("editing",),
+    ("editing", "planned"),
     (
         "walk",
         "traces",

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import kfac_fx
-from kfac_fx.contracts import Plan
 from kfac_fx.export import page_graph
 from kfac_fx.export.page_boxes import BACKWARD, FORWARD, is_inserted
 from kfac_fx.export.page_graph import Surveyor
 from kfac_fx.export.subject import statistics_step
 from kfac_fx.export.train_step import export_train_step
+from kfac_fx.planned import Plan
 from kfac_fx.target import Target
 
 

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kfac_fx
-from kfac_fx.contracts import Plan
 from kfac_fx.export import page as page_module
 from kfac_fx.export.page import encoded, page
 from kfac_fx.export.page_code import hunks, node_lines
 from kfac_fx.export.page_data import page_data
 from kfac_fx.export.strip import strip
 from kfac_fx.export.subject import PassProgram, StatisticsStep, about
+from kfac_fx.planned import Plan
 from kfac_fx.report.lines import plain_text
 from kfac_fx.report.text import header_lines
 from kfac_fx.target import load_target

@@ -18,10 +18,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
-from kfac_fx.contracts import Plan
 from kfac_fx.export.page import page
 from kfac_fx.export.page_data import page_data
 from kfac_fx.export.subject import PassProgram, StatisticsStep
+from kfac_fx.planned import Plan
 from tests.pages import HOSTILE, hostile_plan, page_of
 
 PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
@@ -36,8 +36,8 @@ SWITCHES = (
     "--disable-component-update",
     "--disable-sync",
 )
-# The one skip of the suite: a browser is a program that only a system's packages have. `make test` installs it
-# with apt; where that cannot be, everything but clicks is still tested, and the reason is printed.
+# The one skip of the suite: a browser is a program that only a system's packages have. `make test` installs
+# it with apt; where that cannot be, everything but clicks is still tested, and the reason is printed.
 pytestmark = pytest.mark.skipif(
     None in PROGRAMS.values(), reason="no chromium and chromedriver here, and apt could not install them"
 )

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.contracts import Plan
 from kfac_fx.export.passes import passes, unified
 from kfac_fx.export.subject import PassProgram, Subject, statistics_step
+from kfac_fx.planned import Plan
 from kfac_fx.target import Target, load_target
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -20,9 +20,9 @@ from torch.fx import GraphModule
 
 import kfac_fx
 from kfac_fx import report
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import Reason, UnknownNameError
 from kfac_fx.instrument import instrument
+from kfac_fx.planned import Plan
 from kfac_fx.report import cells, rows, table, text
 from kfac_fx.report.difference import difference
 from kfac_fx.report.difference_text import difference_lines

@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 
 import kfac_fx
 from kfac_fx import report
-from kfac_fx.contracts import Method, Plan
+from kfac_fx.contracts import Method
 from kfac_fx.errors import KfacFxError, Reason
 from kfac_fx.export.environment import environment
 from kfac_fx.export.subject import Subject
 from kfac_fx.match import match
 from kfac_fx.methods import METHODS
 from kfac_fx.plan import make_plan
+from kfac_fx.planned import Plan
 from kfac_fx.report.difference import difference, difference_json
 from kfac_fx.report.difference_text import difference_lines
 from kfac_fx.report.document import SCHEMA_FILE

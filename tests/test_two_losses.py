@@ -20,9 +20,9 @@ from torch.nn import functional as F
 import kfac_fx
 from kfac_fx import report
 from kfac_fx.canonical import initial_state
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import Reason
 from kfac_fx.functions import statistics_function, use_nodes
+from kfac_fx.planned import Plan
 from kfac_fx.report.document import SCHEMA_FILE
 from kfac_fx.types import Fisher, Sharing
 from tests.helpers import batch_factors

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kfac_fx
 import kfac_fx.check
-from kfac_fx.contracts import Plan
+from kfac_fx.planned import Plan
 from kfac_fx.types import LayerMatch
 from tests import zoo
 

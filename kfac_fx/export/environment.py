@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import Reason
 from kfac_fx.export.subject import Subject
+from kfac_fx.planned import Plan
 from kfac_fx.report.document import device_type, hyperparameters, version
 from kfac_fx.target import Target
 

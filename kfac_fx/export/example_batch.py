@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from kfac_fx.batch import flatten_batch
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import ExportError
 from kfac_fx.export.layer_sections import quoted
 from kfac_fx.export.settings_text import literal
+from kfac_fx.planned import Plan
 from kfac_fx.wording import with_article
 
 _PLAIN = (bool, int, float, str, type(None))

@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import KfacFxError
 from kfac_fx.export.environment import environment
 from kfac_fx.export.page import pages
 from kfac_fx.export.passes import passes
 from kfac_fx.export.subject import Subject
 from kfac_fx.export.train_step import train_step
+from kfac_fx.planned import Plan
 from kfac_fx.report.document import to_json
 from kfac_fx.report.text import render
 from kfac_fx.target import Target

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kfac_fx.canonical import initial_state, state_dtype, state_owner
-from kfac_fx.contracts import Plan
 from kfac_fx.layout import Layout, Permute
+from kfac_fx.planned import Plan
 from kfac_fx.report.comments import in_comment, in_docstring
 from kfac_fx.types import FactorSpec, LayerMatch
 from kfac_fx.writer import Key

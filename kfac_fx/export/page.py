@@ -16,11 +16,11 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import Reason
 from kfac_fx.export.page_data import page_data
 from kfac_fx.export.strip import strip
 from kfac_fx.export.subject import Subject
+from kfac_fx.planned import Plan
 from kfac_fx.report.numbers import bytes_text, flops_text, part_text, share_text, tensors_text
 from kfac_fx.report.rows import Totals, settings, totals
 from kfac_fx.report.skips import SkipRow, skip_rows

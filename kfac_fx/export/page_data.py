@@ -12,12 +12,12 @@ from typing import Any
 from torch.fx import Node
 
 from kfac_fx import graph as fxgraph
-from kfac_fx.contracts import Plan
 from kfac_fx.export.page_boxes import LANES, Neighbourhood
 from kfac_fx.export.page_code import Span, hunks, merged, node_lines
 from kfac_fx.export.page_graph import Surveyor
 from kfac_fx.export.strip import per_step
 from kfac_fx.export.subject import PassProgram, StatisticsStep
+from kfac_fx.planned import Plan
 from kfac_fx.report.document import document
 from kfac_fx.report.rows import forward_order, layer_labels, layer_rows, totals
 from kfac_fx.report.skips import skip_rows

@@ -13,7 +13,6 @@ from typing import final
 from torch.fx import Node
 
 from kfac_fx.canonical import state_owner
-from kfac_fx.contracts import Plan
 from kfac_fx.export.page_boxes import (
     BACKWARD,
     FORWARD,
@@ -27,6 +26,7 @@ from kfac_fx.export.page_boxes import (
 )
 from kfac_fx.export.page_walk import ancestors, connected, descendants
 from kfac_fx.instrument import Program
+from kfac_fx.planned import Plan
 from kfac_fx.types import LayerMatch
 
 _USES = 2

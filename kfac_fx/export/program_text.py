@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kfac_fx import graph as fxgraph
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import ExportError
 from kfac_fx.export.layer_sections import quoted, variable
 from kfac_fx.export.program_lines import body
 from kfac_fx.instrument import Program
 from kfac_fx.lower import with_full_float32
+from kfac_fx.planned import Plan
 from kfac_fx.report.program import wrapped
 from kfac_fx.sources import user_source
 from kfac_fx.writer import Key

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfac_fx.contracts import Plan
 from kfac_fx.export.bundle import Bundle
 from kfac_fx.export.layer_sections import quoted, tuple_text
 from kfac_fx.lower import mutated_placeholders
+from kfac_fx.planned import Plan
 from kfac_fx.target import Target
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from html import escape
 from urllib.parse import quote
 
-from kfac_fx.contracts import Plan
 from kfac_fx.export.strip_parts import PROPORTIONAL, Frame, bar, cut, escaped, rect, text_at
+from kfac_fx.planned import Plan
 from kfac_fx.report.numbers import bytes_text, flops_text
 from kfac_fx.report.rows import Cost, LayerRow, Totals, forward_order, layer_rows, totals
 from kfac_fx.report.skips import SkipRow, skip_rows

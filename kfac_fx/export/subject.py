@@ -12,8 +12,8 @@ from typing import final
 
 from torch.fx import GraphModule
 
-from kfac_fx.contracts import Plan
 from kfac_fx.instrument import Program, instrument
+from kfac_fx.planned import Plan
 from kfac_fx.report.program import readable
 from kfac_fx.report.rows import settings
 from kfac_fx.stages import PASSES, PassRecord

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_fx.contracts import DampedMethod, Plan
+from kfac_fx.contracts import DampedMethod
 from kfac_fx.errors import ExportError, ExportWarning
 from kfac_fx.export import runtime
 from kfac_fx.export.bundle import Bundle, bundle
@@ -30,6 +30,7 @@ from kfac_fx.export.sources import External, source_module
 from kfac_fx.export.subject import Subject
 from kfac_fx.instrument import instrument
 from kfac_fx.methods import METHODS
+from kfac_fx.planned import Plan
 from kfac_fx.report.comments import in_docstring
 from kfac_fx.report.program import WIDTH
 from kfac_fx.target import Target

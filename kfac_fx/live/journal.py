@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from kfac_fx.captures import Captures
-from kfac_fx.contracts import Plan
 from kfac_fx.live.records import Timed
+from kfac_fx.planned import Plan
 from kfac_fx.progress import Progress
 from kfac_fx.stages import runs
 

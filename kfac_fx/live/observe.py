@@ -12,7 +12,7 @@ from typing import final
 import torch
 
 from kfac_fx.captures import Captures
-from kfac_fx.contracts import Method, Plan
+from kfac_fx.contracts import Method
 from kfac_fx.errors import UnknownNameError, did_you_mean
 from kfac_fx.live.health import LayerHealth, factor_health
 from kfac_fx.live.journal import Journal
@@ -20,6 +20,7 @@ from kfac_fx.live.records import KL, StepReport
 from kfac_fx.live.text import render
 from kfac_fx.live.views import View, views
 from kfac_fx.methods.base import KroneckerFactored
+from kfac_fx.planned import Plan
 from kfac_fx.progress import Progress
 from kfac_fx.report.rows import fits, forward_order, layer_labels, layer_rows
 from kfac_fx.stages import runs

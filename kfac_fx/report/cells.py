@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kfac_fx.contracts import Plan
+from kfac_fx.planned import Plan
 from kfac_fx.report.comments import in_comment
 from kfac_fx.report.lines import GAP, Line, cut, cut_path, fitted, natural_widths, total_width
 from kfac_fx.report.numbers import bytes_text, flops_text

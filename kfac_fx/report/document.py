@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from kfac_fx.contracts import Method, Plan
+from kfac_fx.contracts import Method
+from kfac_fx.planned import Plan
 from kfac_fx.report.rows import (
     Cost,
     LayerRow,

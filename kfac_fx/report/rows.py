@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import final
 
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import Reason
 from kfac_fx.forms import words
+from kfac_fx.planned import Plan
 from kfac_fx.report.collapse import collapsed, spanned, template
 from kfac_fx.stages import runs
 from kfac_fx.types import FactorSpec, LayerMatch

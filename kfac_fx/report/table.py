@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kfac_fx.contracts import Plan
+from kfac_fx.planned import Plan
 from kfac_fx.report.lines import Line
 from kfac_fx.report.methods import (
     NOTATION,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import UnknownNameError, did_you_mean
+from kfac_fx.planned import Plan
 from kfac_fx.report.cells import COLUMNS, hidden_columns, layer_cells, table_lines
 from kfac_fx.report.comments import in_comment
 from kfac_fx.report.lines import GAP, Line, broken, line, plain_text, wrapped

@@ -12,8 +12,8 @@ from torch.fx import Node
 
 from kfac_fx import editing
 from kfac_fx import graph as fxgraph
-from kfac_fx.contracts import Plan
 from kfac_fx.lower import lower
+from kfac_fx.planned import Plan
 from kfac_fx.types import LayerMatch, Use
 from kfac_fx.verification.patches import Window, im2col
 from kfac_fx.verification.rows import BlockRows, UseRows

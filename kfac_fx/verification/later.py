@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kfac_fx.contracts import Plan
 from kfac_fx.curvature import Curvature
 from kfac_fx.lower import execution
 from kfac_fx.methods import NKFAC
 from kfac_fx.methods.base import KroneckerFactored
+from kfac_fx.planned import Plan
 from kfac_fx.types import LayerMatch
 from kfac_fx.verification.held import Held
 from kfac_fx.verification.layers import Evidence, canonical_gradient, explicit_statistics, rows_in_graph

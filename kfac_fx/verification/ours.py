@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.canonical import initial_state, state_owner
-from kfac_fx.contracts import Method, Plan
+from kfac_fx.contracts import Method
 from kfac_fx.curvature import Curvature, Key
 from kfac_fx.functions import layer_function
 from kfac_fx.instrument import Variant, instrument
 from kfac_fx.lower import execution, lower
 from kfac_fx.methods import EKFAC
+from kfac_fx.planned import Plan
 from kfac_fx.step import TrainStep
 from kfac_fx.types import LayerMatch, State
 from kfac_fx.verification.schedule import shortened

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-from kfac_fx.contracts import Plan
+from kfac_fx.planned import Plan
 from kfac_fx.types import LayerMatch
 
 Status = Literal["ok", "violated", "not checked"]

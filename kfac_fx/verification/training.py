@@ -15,10 +15,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from kfac_fx.contracts import Plan
 from kfac_fx.errors import NonFiniteLossError
 from kfac_fx.graph import tree_map
 from kfac_fx.methods import NKFAC
+from kfac_fx.planned import Plan
 from kfac_fx.step import TrainStep
 from kfac_fx.types import State
 from kfac_fx.verification.eager import Plain, plain_step

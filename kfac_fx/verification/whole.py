@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kfac_fx.contracts import Plan
 from kfac_fx.loss import LossCall
+from kfac_fx.planned import Plan
 from kfac_fx.verification.eager import Observed, Plain
 from kfac_fx.verification.ours import Outputs
 from kfac_fx.verification.records import Check

@@ -32,9 +32,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import kfac_fx
-from kfac_fx.contracts import Plan
 from kfac_fx.curvature import Curvature
 from kfac_fx.methods import resolve
+from kfac_fx.planned import Plan
 from kfac_fx.report.table import make_console
 
 MIB = 2**20
