@@ -162,7 +162,9 @@ class QuadraticUpdate:
     ) -> _Trial:
         """The minimiser of the model in the span of these directions."""
         model = gram(derivatives, directions, damping=self.strength.of_model)
-        slopes = torch.stack([dot(gradients, direction) for direction in directions]).cpu()
+        slopes = torch.stack([dot(gradients, direction) for direction in directions])
+        read = torch.cat([model, slopes[None]]).cpu()  # in one read; what follows of K numbers runs there
+        model, slopes = read[:-1], read[-1]
         coefficients, predicted = torch.zeros_like(slopes), math.inf
         if bool(torch.isfinite(model).all() & torch.isfinite(slopes).all()):
             precision = torch.finfo(derivatives[0].roots[0].dtype).eps

@@ -12,28 +12,23 @@ order of `gram.patches`. Tensors only.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.forms import Form, edge_subsets, patch_chunks, product_chunks
-from kfac_fx.gram import (
-    InputMoment,
-    InputRows,
-    PositionSums,
-    gram,
-    moment_of_rows,
-    patches,
-    statistics_dtype,
-    upsampled,
-)
+from kfac_fx.estimates import Form, edge_subsets
+from kfac_fx.forms import product_chunks
+from kfac_fx.gram import InputMoment, InputRows, gram, moment_of_rows, statistics_dtype
 from kfac_fx.graph import constant
 from kfac_fx.lags import lags_by_convolution, lags_by_products, lags_by_transform
-from kfac_fx.layout import Geometry, along, lines_beyond, output_sizes, phase_geometry
+from kfac_fx.layout import Geometry, along, lines_beyond, phase_geometry
+from kfac_fx.shifts import moment_by_shifts
+from kfac_fx.windows import patch_parts, position_sums
 
 Lags = Callable[[Tensor, Geometry], Tensor]
 
@@ -52,11 +47,13 @@ def masked_moment(x: Tensor, geometry: Geometry, *, form: Form, ones: bool, kept
     if form == "pixels":
         return moment_of_rows(InputRows(rows=_pixels(x, geometry), ones=ones, kept=kept))
     assert form == "patches", f"no rows to leave out in the form {form!r}"
-    rows, marks = _patch_parts(x, geometry), _mark_parts(kept, geometry)
-    parts = [moment_of_rows(InputRows(rows=r, ones=ones, kept=k)) for r, k in zip(rows, marks, strict=True)]
+    parts = [
+        moment_of_rows(InputRows(rows=rows, ones=ones, kept=kept[examples, positions]))
+        for examples, positions, rows in patch_parts(x, geometry)
+    ]
     return InputMoment(
-        moment=sum((part.moment for part in parts[1:]), start=parts[0].moment),
-        total=sum((part.total for part in parts[1:]), start=parts[0].total),
+        moment=functools.reduce(torch.add, (part.moment for part in parts)),
+        total=functools.reduce(torch.add, (part.total for part in parts)),
         count=kept.sum().clamp(min=1),
         ones=ones,
     )
@@ -67,45 +64,11 @@ def patch_moment(x: Tensor, geometry: Geometry, form: Form) -> Tensor:
     if form == "pixels":
         return gram(_pixels(x, geometry))
     if form == "patches":
-        parts = [gram(rows) for rows in _patch_parts(x, geometry)]
-        return sum(parts[1:], start=parts[0])
+        return functools.reduce(torch.add, (gram(rows) for _, _, rows in patch_parts(x, geometry)))
+    if form == "shifts":
+        return moment_by_shifts(x, geometry)
     lags = lags_by_transform if form == "transform" else lags_by_convolution
     return (polyphase if max(geometry.stride) > 1 else autocorrelation)(x, geometry, lags)
-
-
-def _patch_parts(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
-    """All patches, in parts of the batch and, where one example's are too many, of its first axis."""
-    chunks, examples = patch_chunks(geometry), x.shape[0]
-    if chunks <= examples or geometry.transposed:
-        for part in x.split(max(examples // chunks, 1)):
-            yield patches(part, geometry)
-        return
-    sides = [side for p in reversed(geometry.padding) for side in (p, p)]
-    padded, unpadded = F.pad(x, sides), replace(geometry, padding=(0,) * len(geometry.padding))
-    stride, reach = geometry.stride[0], geometry.dilation[0] * (geometry.kernel[0] - 1)
-    for start, count in _lines(geometry, examples):
-        length = (count - 1) * stride + reach + 1
-        for example in padded.narrow(2, start * stride, length).split(1):
-            yield patches(example, unpadded)
-
-
-def _mark_parts(kept: Tensor, geometry: Geometry) -> Iterator[Tensor]:
-    """What belongs to each of `_patch_parts`, of one mark per example and position: [N, T]."""
-    chunks, examples = patch_chunks(geometry), kept.shape[0]
-    if chunks <= examples or geometry.transposed:
-        yield from kept.split(max(examples // chunks, 1))
-        return
-    by_line = kept.unflatten(1, (output_sizes(geometry)[0], -1))
-    for start, count in _lines(geometry, examples):
-        yield from by_line.narrow(1, start, count).flatten(1).split(1)
-
-
-def _lines(geometry: Geometry, examples: int) -> Iterator[tuple[int, int]]:
-    """Parts of one example's outputs along the first axis: (start, count)."""
-    outputs = output_sizes(geometry)[0]
-    count = -(-outputs // min(outputs, -(-patch_chunks(geometry) // examples)))
-    for start in range(0, outputs, count):
-        yield start, min(count, outputs - start)
 
 
 def _pixels(x: Tensor, geometry: Geometry) -> Tensor:
@@ -114,33 +77,6 @@ def _pixels(x: Tensor, geometry: Geometry) -> Tensor:
         x = F.pad(x, [side for p in reversed(geometry.padding) for side in (p, p)])
     x = x[(..., *(slice(None, None, stride) for stride in geometry.stride))]
     return x.flatten(2).unflatten(1, (geometry.groups, -1)).permute(1, 0, 3, 2)
-
-
-def position_sums(x: Tensor, geometry: Geometry, *, ones: bool) -> PositionSums:
-    """Sums of each example's patches, without the patches: box sums, one axis after the other."""
-    x = x.to(statistics_dtype(x.dtype))
-    if geometry.transposed:
-        x, geometry = upsampled(x, geometry)
-    geometry = replace(geometry, space=tuple(x.shape[2:]))
-    outputs = output_sizes(geometry)
-    for axis, count in enumerate(outputs):  # the axis' pixels go, its taps come last
-        x = torch.stack([_box(x, geometry, axis, tap, count) for tap in range(geometry.kernel[axis])], -1)
-    if geometry.transposed:
-        x = x.flip(tuple(range(2, x.dim())))
-    sums = x.flatten(2).unflatten(1, (geometry.groups, -1)).flatten(2).transpose(0, 1)
-    return PositionSums(sums=sums, positions=math.prod(outputs), ones=ones)
-
-
-def _box(x: Tensor, geometry: Geometry, axis: int, tap: int, count: int) -> Tensor:
-    """Sum over the pixels that one tap reads along the third axis of x, which is the geometry's `axis`."""
-    stride, size = geometry.stride[axis], x.shape[2]
-    start = geometry.dilation[axis] * tap - geometry.padding[axis]
-    first = max(0, -(start // stride))  # the first output whose pixel is inside
-    last = min(count - 1, (size - 1 - start) // stride)
-    inside = (
-        x[:, :, start + stride * first : start + stride * last + 1 : stride] if first <= last else x[:, :, :0]
-    )
-    return inside.sum(2)
 
 
 def autocorrelation(x: Tensor, geometry: Geometry, lags: Lags) -> Tensor:

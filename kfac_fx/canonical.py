@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from kfac_fx.layout import lies_transposed
 from kfac_fx.planned import Plan
 from kfac_fx.types import LayerMatch, State
 
@@ -58,6 +59,8 @@ def to_matrix(match: LayerMatch, gradients: Mapping[str, Tensor]) -> Tensor:
     if match.bias is None or match.bias_layout is None:
         return weight
     bias = match.bias_layout.to_matrix(_part(match, gradients[match.bias]))
+    if lies_transposed(weight):
+        return torch.cat([weight.mT, bias.unsqueeze(-2)], -2).mT
     return torch.cat([weight, bias.unsqueeze(-1)], -1)
 
 

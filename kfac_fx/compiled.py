@@ -110,7 +110,7 @@ class Compiled:
         """Run a variant; if it raises or its loss is not finite, buffers get their old values back.
 
         tensors: parameters, buffers and the batch. layers: those whose statistics are collected. A loss that
-        gives a layer its first statistics is checked at once.
+        gives a layer its first statistics, or makes a thin factor grow, is checked at once.
         """
         which = self.which(variant, layers)
         program = self.program(which)
@@ -130,7 +130,9 @@ class Compiled:
                 weight=returned.inverse_scale,
                 gradients=returned.gradients,
                 state=returned.state,
-                finite=watch.check(returned.loss, returned.check, at_once=self.curvature.empty),
+                finite=watch.check(
+                    returned.loss, returned.check, at_once=self._replaces(variant, returned.state)
+                ),
                 products=returned.products,
                 rates=of_layers,
             )
@@ -140,6 +142,11 @@ class Compiled:
                 for tensor, old in saved:
                     tensor.copy_(old)
             raise
+
+    def _replaces(self, variant: Variant, state: Mapping[Key, Tensor]) -> bool:
+        """Whether nothing could stand in for the new state: the first one, or a thin factor that grew."""
+        grew = any(self.sizes.get(key, new.shape) != new.shape for key, new in state.items())
+        return self.curvature.empty or (variant == "statistics" and grew)
 
     def _first(self, which: Which, program: Program, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
         """Lower a program and run it for the first time, which is when inductor compiles it."""

@@ -60,6 +60,12 @@ class Statistics(Protocol):
         """
         ...
 
+    def field_rows(self, *, reduced: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a convolution, patches summed over the kernel: [groups, m, C]; the trace of A without the bias'
+        entry, and that entry: [groups] each. Rows are normalised as, and `reduced` is that of `input_rows`.
+        """
+        ...
+
     def squared_projections(self, input_basis: Tensor | None, output_basis: Tensor | None) -> Tensor:
         """Sum over examples (and passes) of (Q_G^T J Q_A)^2 / R_, J the gradient of one example's terms.
 

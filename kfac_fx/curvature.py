@@ -150,7 +150,7 @@ class Curvature:
     ) -> None:
         """Fold accumulated batch statistics into the state. inverse_scale: 1/R_ of all of them, 0-dim.
 
-        finite: 0-dim bool; where it is False the state stays as it is.
+        finite: 0-dim bool; where it is False the state stays as it is. It is read where a thin factor grows.
         """
         if not runs("averages", plan.without):
             return
@@ -168,7 +168,7 @@ class Curvature:
                     state, tensors, weight=weights[index], inverse_scale=inverse_scale
                 )
             if finite is not None:
-                changed = {n: torch.where(finite, tensor, state[n]) for n, tensor in changed.items()}
+                changed = {n: host.kept_unless(finite, tensor, state[n]) for n, tensor in changed.items()}
             self._tensors.update({places[name]: tensor for name, tensor in changed.items()})
             self._counts[match.key] = self._counts.get(match.key, 0) + 1
 

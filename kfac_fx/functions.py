@@ -22,6 +22,7 @@ from kfac_fx.canonical import (
 )
 from kfac_fx.layers import KINDS
 from kfac_fx.layers.statistics import MatchStatistics, UseValues
+from kfac_fx.layout import lies_transposed
 from kfac_fx.planned import Plan
 from kfac_fx.stages import runs
 from kfac_fx.types import LayerMatch, State, Use
@@ -205,7 +206,10 @@ def products(directions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tenso
     found = []
     for v, gradient in zip(directions, gradients, strict=True):
         dtype = torch.promote_types(v.dtype, torch.float32)
-        found.append(torch.dot(v.to(dtype).flatten(), gradient.to(dtype).flatten()))
+        v, gradient = v.to(dtype), gradient.to(dtype)
+        if v.dim() > 1 and lies_transposed(v) and lies_transposed(gradient):
+            v, gradient = v.mT, gradient.mT
+        found.append(torch.dot(v.flatten(), gradient.flatten()))
     return torch.stack(found)
 
 

@@ -180,10 +180,18 @@ def output_diagonal(uses: Sequence[Tensor], inverse_scale: Tensor) -> Tensor:
     return _total([(wide(use) ** 2).sum((1, 2)).reshape(-1) for use in uses]) * inverse_scale
 
 
-def block_moment(rows: Sequence[Tensor], inverse_scale: Tensor) -> Tensor:
-    """F per channel from per-row products. rows: [rows, channels, k] each. Returns [channels, k, k]."""
-    stacked = [wide(row).permute(1, 0, 2) for row in rows]
-    return _total([row.mT @ row for row in stacked]) * inverse_scale
+def block_moment(rows: Sequence[Sequence[Tensor]], inverse_scale: Tensor) -> Tensor:
+    """F per channel from per-row products of its k parameters. rows: per use k times [rows, channels].
+
+    Returns [channels, k, k]. The sums of k (k + 1) / 2 products: k is 1 or 2, too few for matrix products.
+    """
+    return _total([_block_moment([wide(part) for part in parts]) for parts in rows]) * inverse_scale
+
+
+def _block_moment(parts: Sequence[Tensor]) -> Tensor:
+    places = range(len(parts))
+    sums = {(i, j): (parts[i] * parts[j]).sum(0) for i in places for j in range(i + 1)}
+    return torch.stack([torch.stack([sums[max(i, j), min(i, j)] for j in places], -1) for i in places], -2)
 
 
 def frequencies(indices: Sequence[Tensor], *, size: int, padding_idx: int, dtype: torch.dtype) -> Tensor:

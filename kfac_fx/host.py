@@ -1,7 +1,8 @@
 """Values between host and device without waiting, and who may wait.
 
-A CUDA device works behind Python until Python reads a value of it. No step but a layer's first does that:
-what the host has to know is copied in the background and looked at later.
+A CUDA device works behind Python until Python reads a value of it. No step but a layer's first does that
+(and a refresh by eigenvectors, and the quadratic model): what the host has to know is copied in the
+background and looked at later.
 """
 
 from __future__ import annotations
@@ -46,6 +47,13 @@ def to_device(values: Sequence[float], *, dtype: torch.dtype, device: torch.devi
 def zeros_unless(finite: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, or zeros. finite: 0-dim bool."""
     return {name: tensor.masked_fill(~finite, 0.0) for name, tensor in tensors.items()}
+
+
+def kept_unless(finite: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The new tensor, or the old one. finite: 0-dim bool, read here if their sizes differ."""
+    if new.shape != old.shape:
+        return new if bool(finite) else old
+    return torch.where(finite, new, old)
 
 
 @final

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight, conv3d_weight
 
-from kfac_fx.forms import num_frequencies, periods_without_wrap, transform_chunks
+from kfac_fx.estimates import num_frequencies, periods_without_wrap
+from kfac_fx.forms import transform_chunks
 from kfac_fx.graph import constant
 from kfac_fx.layout import Geometry
 

@@ -95,11 +95,13 @@ class Geometry:
 
 
 def output_sizes(geometry: Geometry) -> tuple[int, ...]:
-    """Output positions per axis of a convolution that is not transposed."""
-    axes = zip(
-        geometry.space, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True
-    )
-    return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in axes)
+    """Output positions per axis, also of a transposed convolution."""
+    reach = [d * (k - 1) + 1 for d, k in zip(geometry.dilation, geometry.kernel, strict=True)]
+    axes = zip(geometry.space, geometry.stride, geometry.padding, reach, strict=True)
+    if geometry.transposed:
+        least = [(size - 1) * s + r - 2 * p for size, s, p, r in axes]
+        return tuple(size + more for size, more in zip(least, geometry.output_padding, strict=True))
+    return tuple((size + 2 * p - r) // s + 1 for size, s, p, r in axes)
 
 
 def phase_geometry(geometry: Geometry) -> Geometry:
@@ -131,3 +133,9 @@ def along(geometry: Geometry, axes: Sequence[int], groups: int) -> Geometry:
         groups=groups,
         space=tuple(geometry.space[i] for i in axes),
     )
+
+
+def lies_transposed(matrices: Tensor) -> bool:
+    """Whether the rows of [..., m, n] are what lies side by side in memory."""
+    m, n = matrices.shape[-2:]
+    return m > 1 and n > 1 and matrices.stride(-2) == 1 and matrices.stride(-1) >= m

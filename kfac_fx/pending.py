@@ -100,15 +100,17 @@ def _added(first: int | None, second: int | None) -> int | None:
     return None if first is None or second is None else first + second
 
 
-def _adds_up(batch: Pending) -> bool:
-    """Whether the loss of two batches is the sum of both, not their mean."""
+def _adds_up(batch: Pending) -> Tensor | None:
+    """Whether the loss of two batches is the sum of both, not their mean: 0-dim bool; None: certainly not."""
     info = batch.plan.capture.loss_info
     if info.reduction not in ("sum", "none"):
-        return False
-    return abs(float(batch.weight) / info.unit - 1) < 1e-5
+        return None
+    return (batch.weight.double() / info.unit - 1).abs() < 1e-5
 
 
-def _joined_statistic(key: Key, first: Pending, second: Pending, share: Tensor, summed: bool) -> Tensor:
+def _joined_statistic(
+    key: Key, first: Pending, second: Pending, share: Tensor, summed: Tensor | None
+) -> Tensor:
     """Statistics of the input are means over rows; others follow the loss."""
     old, new = first.statistics.get(key), second.statistics.get(key)
     if old is None or new is None:
@@ -119,15 +121,16 @@ def _joined_statistic(key: Key, first: Pending, second: Pending, share: Tensor, 
     if before is not None and after is not None:
         rows = after / (before + after)
         weights = torch.full_like(share, 1 - rows), torch.full_like(share, rows)
-    elif key not in second.rows and summed:
-        weights = torch.ones_like(share), torch.ones_like(share)
+    elif key not in second.rows and summed is not None:
+        weights = weights[0].masked_fill(summed, 1.0), weights[1].masked_fill(summed, 1.0)
     return first.plan.method.join(key[1], old, new, weights)
 
 
-def _joined_gradient(old: Tensor | None, new: Tensor | None, share: Tensor, summed: bool) -> Tensor:
+def _joined_gradient(old: Tensor | None, new: Tensor | None, share: Tensor, summed: Tensor | None) -> Tensor:
     """A parameter that one of the batches does not reach has gradient zero there."""
     present = new if new is not None else old
     assert present is not None
     old = torch.zeros_like(present) if old is None else old
     new = torch.zeros_like(present) if new is None else new
-    return old + new if summed else torch.lerp(old, new, share.to(old.dtype))
+    mean = torch.lerp(old, new, share.to(old.dtype))
+    return mean if summed is None else torch.where(summed, old + new, mean)

@@ -17,22 +17,22 @@ from kfac_fx.forward import Derivative, Vector
 
 
 def gram(derivatives: Sequence[Derivative], directions: Sequence[Vector], *, damping: float) -> Tensor:
-    """D^T (F + damping I) D of K directions: [K, K] in float64 on the CPU.
+    """D^T (F + damping I) D of K directions: [K, K] in float64.
 
     damping: lambda + eta, in units of the Hessian of the loss.
     """
-    rows, columns = torch.tril_indices(len(directions), len(directions))
-    entries = []
-    for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
+    places = range(len(directions))
+    entries: dict[tuple[int, int], Tensor] = {}
+    for i, j in ((i, j) for i in places for j in places if j <= i):
         one, other = derivatives[i], derivatives[j]
         products = [
             (a * b * scale).sum(dtype=torch.float64)
             for a, b, scale in zip(one.roots, other.roots, one.scales, strict=True)
         ]
-        entries.append(torch.stack(products).sum() + damping * dot(directions[i], directions[j]))
-    matrix = torch.empty(len(directions), len(directions), dtype=torch.float64)
-    matrix[rows, columns] = matrix[columns, rows] = torch.stack(entries).cpu()
-    return matrix
+        entries[i, j] = entries[j, i] = torch.stack(products).sum() + damping * dot(
+            directions[i], directions[j]
+        )
+    return torch.stack([torch.stack([entries[i, j] for j in places]) for i in places])
 
 
 def minimiser(curvature: Tensor, slopes: Tensor, *, precision: float) -> Tensor:

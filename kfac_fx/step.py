@@ -65,7 +65,7 @@ class TrainStep:
         self._curvature, self._quadratic = self._progress.curvature, self._progress.quadratic
         modelled = self._quadratic is not None
         runs_behind = host.waits(guards.model_device(model))
-        self._watch = Watch(deferred=runs_behind and not modelled and not method.growing_names)
+        self._watch = Watch(deferred=runs_behind and not modelled)
         self._link = OptimizerLink(model, self.optimizer, whole=modelled)
         self._options = {
             "fisher": fisher,

@@ -103,7 +103,7 @@ def _averaged_with(rows: Tensor, weights: Tensor, new: Tensor, *, decay: float) 
     old, total = padded(averaged_rows(rows, weights), rows.shape[2]), weights.sum()
     finite = torch.isfinite(new).all()
     share = 1 / (1 + decay * total)
-    mixed = joined_rows(old, torch.where(finite, new, 0.0), (1 - share, share))
+    mixed = joined_rows(old, new.masked_fill(~finite, 0.0), (1 - share, share))
     total = torch.where(finite, 1 + decay * total, total)
     return torch.where(finite, mixed, old), F.pad(total[None], (0, weights.shape[0] - 1))
 

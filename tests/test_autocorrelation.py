@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfac_fx.autocorrelation import input_moment, patch_moment, position_sums
+from kfac_fx.autocorrelation import input_moment, patch_moment
 from kfac_fx.forms import LARGEST_PATCHES, choose, costs
 from kfac_fx.layout import Geometry, output_sizes
+from kfac_fx.windows import position_sums
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def copied_patches(x: Tensor, geometry: Geometry) -> Tensor:
@@ -37,6 +39,66 @@ def copied_patches(x: Tensor, geometry: Geometry) -> Tensor:
         )
         groups.append(read.flatten(2).transpose(1, 2).reshape(-1, channels * volume))
     return torch.stack(groups)
+
+
+def copied_patches_of_transposed(x: Tensor, geometry: Geometry) -> Tensor:
+    """[groups, N * T, C/groups * K]: every pixel times every tap, where torch writes it."""
+    channels, volume = x.shape[1] // geometry.groups, math.prod(geometry.kernel)
+    copies = torch.eye(channels * volume, dtype=x.dtype).reshape(
+        channels * volume, channels, *geometry.kernel
+    )
+    groups = []
+    for part in x.chunk(geometry.groups, 1):
+        written = TRANSPOSED[len(geometry.kernel)](
+            part,
+            copies.transpose(0, 1),
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            output_padding=geometry.output_padding,
+        )
+        groups.append(written.flatten(2).transpose(1, 2).reshape(-1, channels * volume))
+    return torch.stack(groups)
+
+
+@st.composite
+def transposed_convolutions(draw: Any) -> tuple[Geometry, int, int]:
+    """The same of a transposed one."""
+    rank = draw(st.integers(1, 3))
+
+    def per_axis(least: int, most: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(least, most)) for _ in range(rank))
+
+    kernel, stride, dilation, space = per_axis(1, 4), per_axis(1, 3), per_axis(1, 2), per_axis(1, 5)
+    output_padding = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+    axes = list(zip(kernel, stride, dilation, space, output_padding, strict=True))
+    outputs = [(size - 1) * s + d * (k - 1) + o + 1 for k, s, d, size, o in axes]
+    padding = tuple(draw(st.integers(0, min(3, (size - 1) // 2))) for size in outputs)
+    groups = draw(st.integers(1, 2))
+    geometry = Geometry(
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        space=space,
+        transposed=True,
+        output_padding=output_padding,
+    )
+    return geometry, draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(transposed_convolutions())
+def test_every_form_of_a_transposed_convolution_gives_the_gram_matrix_of_what_it_writes(
+    case: tuple[Geometry, int, int],
+) -> None:
+    geometry, examples, channels = case
+    x = torch.randn(examples, channels, *geometry.space, dtype=torch.float64)
+    rows = copied_patches_of_transposed(x, geometry)
+    for cost in costs(geometry, examples=examples, channels=channels):
+        moment = patch_moment(x, geometry, cost.form)
+        assert (moment - rows.mT @ rows).abs().max() <= 1e-12 * (x * x).sum(), cost.form
 
 
 @st.composite

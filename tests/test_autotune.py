@@ -67,7 +67,7 @@ def test_measured_programs_compute_a_without_computing_tables(monkeypatch: pytes
     monkeypatch.setattr(Tensor, "normal_", lambda empty: empty.copy_(x))
     rows = F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)
     found = programs(use, backend="eager")
-    assert set(found) == {"patches", "transform", "convolution"}
+    assert set(found) == {"patches", "shifts", "transform", "convolution"}
     for compute in found.values():
         with torch.profiler.profile() as profile:
             (moment,) = compute(0)
@@ -78,7 +78,7 @@ def test_measured_programs_compute_a_without_computing_tables(monkeypatch: pytes
 def test_preferred_forms_are_taken_inside_and_where_they_are_possible(tuned: tuple[Tuned, ...]) -> None:
     estimated = forms(convolutional())
     assert estimated == {"0": "pixels", "1": tuned[1].chosen, "3": tuned[2].chosen}
-    for form in ("patches", "transform", "convolution"):
+    for form in ("patches", "shifts", "transform", "convolution"):
         with preferred({entry.case: form for entry in tuned}):
             assert forms(convolutional()) == {"0": "pixels", "1": form, "3": form}
     with preferred({tuned[1].case: "convolution"}):

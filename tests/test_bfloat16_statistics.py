@@ -75,6 +75,7 @@ def conv(groups: int = 1) -> nn.Sequential:
     ("form", "groups", "sharing"),
     [
         ("patches", 2, "expand"),
+        ("shifts", 2, "expand"),
         ("transform", 1, "expand"),
         ("convolution", 2, "expand"),
         ("patches", 2, "reduce"),

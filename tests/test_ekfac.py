@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfac_fx
-from kfac_fx import rows
+from kfac_fx import squares
 from kfac_fx.gram import InputRows
 from tests.helpers import gradients, one_step
 from tests.oracles import kronecker_block, relative_error, weight_ggn
@@ -181,10 +181,10 @@ def test_k8_one_example_without_positions_is_exact() -> None:
 def test_k8_the_short_cut_for_one_position_is_the_general_formula() -> None:
     a, g = torch.randn(2, 5, 1, 3, dtype=torch.float64), torch.randn(2, 5, 1, 4, dtype=torch.float64)
     q_a, q_g = torch.randn(2, 3, 3, dtype=torch.float64), torch.randn(2, 4, 4, dtype=torch.float64)
-    use = (InputRows(rows=a, ones=False), g)
-    silent = (InputRows(rows=torch.zeros_like(a), ones=False), g)
-    short = rows.squared_projections([use], q_a, q_g, bias=False)
-    general = rows.squared_projections([use, silent], q_a, q_g, bias=False)
+    use = squares.parts_of_rows([(InputRows(rows=a, ones=False), g)])
+    silent = squares.parts_of_rows([(InputRows(rows=torch.zeros_like(a), ones=False), g)])
+    short = squares.squared_projections([use], q_a, q_g, bias=False, examples=5)
+    general = squares.squared_projections([use, silent], q_a, q_g, bias=False, examples=5)
     assert relative_error(short, general) < 1e-12
 
 

@@ -1,80 +1,38 @@
 """No step reads a value of the device but a layer's first, where the device runs behind Python.
 
-On a CPU nothing runs behind: the tests say that it does, and find every call that would wait on CUDA, in
-Python (`item`, `tolist`, truth values, numbers copied from the host) and below it (`_local_scalar_dense`).
+On a CPU nothing runs behind: the tests say that it does, and count what would wait (`waits.py`).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfac_fx
-from kfac_fx import host
 from kfac_fx.errors import NonFiniteLossError
+from kfac_fx.methods import METHODS
 from tests.training import differing, snapshot, twin
+from tests.waits import counted, running_behind
 
 pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
 
-READS = frozenset(
-    getattr(Tensor, name)
-    for name in ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__", "nonzero")
-)
-FROM_HOST = frozenset({torch.tensor, torch.as_tensor, torch.scalar_tensor})
-DISPATCHED = frozenset(
-    {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero}
-)
-KFAC = kfac_fx.KFAC(statistics_every=2, inverse_every=4)
+EVERY = {
+    name: cls(statistics_every=2, **({"inverse_every": 4} if cls.inverse_every else {}))
+    for name, cls in METHODS.items()
+}
+KFAC, SKFAC = EVERY["kfac"], kfac_fx.SKFAC(statistics_every=2, inverse_every=4, window=3)
 NKFAC = kfac_fx.NKFAC(statistics_every=2, inverse_every=4, exact_every=2)
 
 
-class Python(TorchFunctionMode):
-    """Counts calls that wait for a CUDA device: reads, and numbers that become tensors there."""
-
-    def __init__(self, found: Counter[str]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        copied = func in FROM_HOST and kwargs.get("device") is not None
-        copied |= func in (torch.where, Tensor.where) and any(isinstance(a, (int, float)) for a in args)
-        if func in READS or copied:
-            self.found[func.__name__] += 1
-        return func(*args, **kwargs)
-
-
-class Below(TorchDispatchMode):
-    """Counts operators that bring a value to the host."""
-
-    def __init__(self, found: Counter[str]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in DISPATCHED:
-            self.found[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def counted() -> Iterator[Counter[str]]:
-    found: Counter[str] = Counter()
-    with Python(found), Below(found):
-        yield found
-
-
 @pytest.fixture
-def behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every device runs behind Python."""
-    monkeypatch.setattr(host, "waits", lambda device: True)
+def behind() -> Iterator[None]:
+    """Every device runs behind Python for a whole test."""
+    with running_behind():
+        yield
 
 
 def net() -> nn.Module:
@@ -106,33 +64,113 @@ def reads_of_each_step(step: kfac_fx.TrainStep, count: int) -> list[Counter[str]
     return found
 
 
-RULES = [kfac_fx.KFAC(statistics_every=2, inverse_every=4, damping_rule=rule) for rule in ("sqrt", "full")]
+def reads_beside_a_twin_that_reads(method: Any, refresh: str, count: int) -> list[Counter[str]]:
+    """Reads of each step after the fourth; losses, parameters and state are those of a model that may read.
 
-
-@pytest.mark.usefixtures("behind")
-@pytest.mark.parametrize("refresh", ["together", "staggered"])
-@pytest.mark.parametrize(
-    "method", [KFAC, NKFAC, kfac_fx.KFC(statistics_every=2, inverse_every=4), *RULES], ids=lambda m: m.name
-)
-def test_no_step_after_the_first_reads_the_device(method: Any, refresh: str) -> None:
-    step = compiled(net(), method, refresh=refresh)
-    assert reads_of_each_step(step, 9) == [Counter()] * 9
-    kinds = step.state_dict()["counts"]
-    assert set(kinds["refreshes"].values()) <= {3, 4, 5} and set(kinds["statistics"].values()) == {7}
-
-
-@pytest.mark.usefixtures("behind")
-def test_no_accumulated_update_reads_the_device() -> None:
-    step = compiled(net())
+    To the bit, but for the rule whose largest eigenvalue is found in another way.
+    """
+    model = net()
+    other = twin(model)
+    reading = compiled(model, method, refresh=refresh)
+    with running_behind():
+        behind = compiled(other, method, refresh=refresh)
     found = []
-    for _ in range(8):
+    for index in range(4 + count):
+        data = batch()
+        for step in (reading, behind):
+            step.optimizer.param_groups[0]["lr"] = 0.01 / (index + 2)
+        loss = reading(*data)
+        with running_behind(), counted() as reads:
+            own = behind(*data)
+        assert torch.equal(loss, own) or (method is RELATIVE and torch.allclose(loss, own))
+        found.append(reads)
+    before, after = snapshot(model, reading), snapshot(other, behind)
+    if method is RELATIVE:
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-5)
+    assert method is RELATIVE or not differing(before, after)
+    counts = behind.state_dict()["counts"]
+    assert set(counts["statistics"].values()) == {7} and set(counts["refreshes"].values()) <= {3, 4, 5}
+    return found[4:]
+
+
+RULED = {
+    rule: kfac_fx.KFAC(statistics_every=2, inverse_every=4, damping_rule=rule)
+    for rule in ("sqrt", "full", "relative", "tikhonov")
+}
+RELATIVE = RULED["relative"]
+UNDAMPED = kfac_fx.KFAC(statistics_every=2, inverse_every=4, damping=0.0)
+EIGEN = {"ekfac": EVERY["ekfac"], "tikhonov": RULED["tikhonov"]}
+SILENT = {name: method for name, method in EVERY.items() if name not in EIGEN}
+SILENT |= {"nkfac": NKFAC, "window": SKFAC} | {rule: RULED[rule] for rule in ("sqrt", "full", "relative")}
+STAGGERED = [
+    pytest.param(SILENT[name], "staggered", id=f"{name}-staggered") for name in ("kfac", "nkfac", "window")
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "refresh"), [*(pytest.param(m, "together", id=name) for name, m in SILENT.items()), *STAGGERED]
+)
+def test_no_step_after_the_first_reads_the_device_and_the_bits_are_the_same(
+    method: Any, refresh: str
+) -> None:
+    assert reads_beside_a_twin_that_reads(method, refresh, 9) == [Counter()] * 9
+
+
+@pytest.mark.parametrize(
+    ("method", "refresh"),
+    [
+        *(pytest.param(method, "together", id=name) for name, method in EIGEN.items()),
+        pytest.param(UNDAMPED, "together", id="undamped"),
+        pytest.param(EIGEN["ekfac"], "staggered", id="ekfac-staggered"),
+    ],
+)
+def test_methods_by_eigenvectors_wait_at_a_refresh_alone_where_torch_decomposes(
+    method: Any, refresh: str
+) -> None:
+    """And read once per decomposition of a size, right after it, whether there is a null space to settle."""
+    found = reads_beside_a_twin_that_reads(method, refresh, 9)
+    refreshes = (0, 4, 8) if refresh == "together" else (0, 1, 2, 4, 5, 6, 8)
+    assert [bool(reads) for reads in found] == [index in refreshes for index in range(9)]
+    for reads in found:
+        decompositions, looks = reads.pop("_linalg_eigh", 0), reads.pop("__bool__", 0)
+        assert reads.pop("_local_scalar_dense", 0) == looks <= decompositions
+        assert looks == 0 or method is not UNDAMPED
+        assert reads == Counter()
+
+
+def summed(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="sum")
+
+
+@pytest.mark.usefixtures("behind")
+@pytest.mark.parametrize(
+    ("method", "loss_fn"), [(KFAC, F.cross_entropy), (KFAC, summed), (SKFAC, summed)], ids=lambda value: None
+)
+def test_no_accumulated_update_reads_the_device(method: Any, loss_fn: Any) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    step = kfac_fx.compile(model, loss_fn, method=method, optimizer=optimizer, backend="eager")
+    found = []
+    for _ in range(12):
         data = batch()
         with counted() as reads:
             step.accumulate(*data)
             step.accumulate(*data)
             step.update()
         found.append(reads)
-    assert found[0] and found[2:] == [Counter()] * 6  # the first two of a kind write their programs too
+    first = 8 if method is SKFAC else 2  # of a kind, which write their programs too; until no factor grows
+    assert found[0] and found[first:] == [Counter()] * (12 - first)
+
+
+@pytest.mark.usefixtures("behind")
+def test_the_quadratic_model_of_a_step_is_read_at_once() -> None:
+    method = kfac_fx.KFAC(statistics_every=2, inverse_every=4, quadratic_model=True)
+    step = kfac_fx.compile(net(), F.cross_entropy, method=method, backend="eager")
+    for index in range(6):
+        data = batch()
+        with counted() as reads:
+            step(*data)
+        assert index < 2 or reads["cpu"] == 1
 
 
 @pytest.mark.parametrize("method", [KFAC, NKFAC], ids=lambda m: m.name)
@@ -151,22 +189,6 @@ def test_the_first_step_still_reads_what_it_needs() -> None:
     assert reads["_local_scalar_dense"]
 
 
-@pytest.mark.parametrize("refresh", ["together", "staggered"])
-@pytest.mark.parametrize("method", [KFAC, NKFAC], ids=lambda m: m.name)
-def test_a_step_that_does_not_read_gives_the_same_bits(
-    method: Any, refresh: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = net()
-    other = twin(model)
-    at_once = compiled(model, method, refresh=refresh)
-    monkeypatch.setattr(host, "waits", lambda device: True)
-    behind = compiled(other, method, refresh=refresh)
-    for _ in range(9):
-        data = batch()
-        assert torch.equal(at_once(*data), behind(*data))
-    assert not differing(snapshot(model, at_once), snapshot(other, behind))
-
-
 def run_bad(step: kfac_fx.TrainStep, how: str, data: tuple[Tensor, Tensor]) -> None:
     if how == "step":
         assert not torch.isfinite(step(*data))
@@ -182,7 +204,8 @@ def run_bad(step: kfac_fx.TrainStep, how: str, data: tuple[Tensor, Tensor]) -> N
 @pytest.mark.parametrize(
     ("method", "good", "how"),
     [(KFAC, 4, "step"), (KFAC, 5, "accumulate"), (KFAC, 6, "step"), (KFAC, 6, "accumulate"),
-     (NKFAC, 4, "accumulate"), (NKFAC, 5, "step"), (NKFAC, 6, "step")],
+     (NKFAC, 4, "accumulate"), (NKFAC, 5, "step"), (NKFAC, 6, "step"),
+     (SKFAC, 4, "step"), (SKFAC, 6, "step"), (SKFAC, 6, "accumulate")],
     ids=lambda value: getattr(value, "name", str(value)),
 )  # fmt: skip
 def test_a_batch_that_is_not_finite_leaves_factors_and_buffers_and_is_reported_later(
@@ -204,7 +227,8 @@ def test_a_batch_that_is_not_finite_leaves_factors_and_buffers_and_is_reported_l
     for name, moved in parameters.items():  # momentum alone
         torch.testing.assert_close(moved, before[name] - 0.01 * 0.9 * velocity[name])
     after = snapshot(model, step)
-    kept = [n for n in before if n.endswith((".A", ".G", ".F", "running_mean", "running_var"))]
+    tracked = (".A", ".G", ".F", "_rows", "_weights", "running_mean", "running_var")
+    kept = [n for n in before if n.endswith(tracked)]
     assert len(kept) >= 7
     if how == "step":
         assert not set(differing(before, after)) & {*kept, *(n for n in before if "num_batches" in n)}
@@ -212,6 +236,32 @@ def test_a_batch_that_is_not_finite_leaves_factors_and_buffers_and_is_reported_l
         assert not set(differing(before, after)) & {n for n in kept if "running" not in n}
     assert torch.isfinite(step(*batch()))
     assert all(torch.isfinite(tensor).all() for tensor in snapshot(model, step).values())
+
+
+@pytest.mark.usefixtures("behind")
+@pytest.mark.parametrize("how", ["step", "accumulate"])
+def test_a_batch_that_makes_thin_factors_grow_is_waited_for(how: str) -> None:
+    model = net()
+    step = compiled(model, kfac_fx.SKFAC(statistics_every=2, inverse_every=4))
+    for _ in range(6):
+        step(*batch())
+    before, (inputs, targets) = snapshot(model, step), (torch.randn(8, 2, 5, 5), torch.randint(3, (8,)))
+    if how == "step":
+        with pytest.raises(NonFiniteLossError, match="curvature are unchanged"):
+            step(inputs * torch.nan, targets)
+        assert not differing(before, snapshot(model, step))
+    else:
+        step.accumulate(inputs * torch.nan, targets)
+        with pytest.raises(NonFiniteLossError, match="1 call ago"):
+            step.update()
+        step.update()
+        after = snapshot(model, step)
+        assert not [name for name in differing(before, after) if name.endswith(("_rows", "_weights"))]
+    rows = [name for name in before if name.endswith("A_rows")]
+    for _ in range(2):
+        assert torch.isfinite(step(inputs, targets))
+    after = snapshot(model, step)
+    assert rows and all(after[name].shape[1] == 8 > before[name].shape[1] for name in rows)
 
 
 @pytest.mark.usefixtures("behind")
@@ -259,25 +309,3 @@ def test_a_factor_that_fails_keeps_its_inverse_and_the_next_refresh_retries(resu
         step(*batch())
     assert reads["_local_scalar_dense"]
     assert step.counts["retried"] >= 1 and step.counts["kept_last"] == 2
-
-
-CALLS: dict[str, Callable[[Tensor], Any]] = {
-    "item": lambda t: t.item(),
-    "tolist": lambda t: t.tolist(),
-    "__bool__": bool,
-    "__float__": float,
-    "nonzero": lambda t: t.nonzero(),
-    "tensor": lambda t: torch.tensor(1.0, device=t.device),
-    "where": lambda t: torch.where(t > 0, t, 0.0),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_the_counter_counts(name: str) -> None:
-    value = torch.ones(())
-    with counted() as reads:
-        CALLS[name](value)
-    assert reads[name]
-    with counted() as reads:
-        torch.where(value > 0, value, value).masked_fill(value > 2, 0.0)
-    assert reads == Counter()

@@ -15,10 +15,10 @@ PACKAGE = "kfac_fx"
 # Lowest first. Rooms of one row never import each other.
 LAYERS = (
     ("errors", "layout", "host", "precision", "wording"),
-    ("types", "stages", "outfile"),
-    ("traced", "sources"),
+    ("types", "stages", "outfile", "boxes"),
+    ("traced", "sources", "estimates"),
     ("contracts", "graph", "linalg", "gram", "loss", "forms"),
-    ("editing", "planned"),
+    ("editing", "planned", "windows", "shifts"),
     (
         "walk",
         "traces",
@@ -32,7 +32,7 @@ LAYERS = (
         "spectrum",
         "loss_info",
     ),
-    ("autocorrelation", "splice", "schedule", "outcomes", "watch"),
+    ("autocorrelation", "squares", "splice", "schedule", "outcomes", "watch"),
     ("passes", "layers", "methods"),
     ("record", "align", "assemble", "uses"),
     ("capture", "match"),

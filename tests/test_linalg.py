@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kfac_fx.linalg import damped_inverses, join_orientations, mean_eigenvalue, pi_ratio, small_inverse
+from kfac_fx.spectrum import dominant_eigenvalue
 
 TOLERANCE = 1e-10
 
@@ -108,3 +109,32 @@ def test_joined_orientations_keep_the_trace_and_are_the_partial_traces_of_the_su
     partial = torch.einsum("oipi->op", split) / block.trace()
     assert (outer[0] - partial).norm() < TOLERANCE * outer.norm()
     assert abs(torch.kron(outer[0], inner[0]).trace() - block.trace()) < TOLERANCE * block.trace()
+
+
+SPECTRA = {
+    "equal": torch.ones(40),
+    "even": torch.linspace(0, 1, 40),
+    "steep": torch.logspace(-8, 0, 40),
+    "two nearly equal": torch.cat([torch.tensor([1.0, 1 - 1e-6]), torch.zeros(38)]),
+    "many nearly equal": torch.linspace(1 - 1e-4, 1, 40),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_largest_eigenvalue_by_squaring_is_that_of_torch_whatever_the_gap(
+    name: str, dtype: torch.dtype
+) -> None:
+    basis = torch.linalg.qr(torch.randn(3, 40, 40, dtype=torch.float64)).Q
+    sizes = torch.tensor([1e-20, 1.0, 1e20], dtype=torch.float64)
+    matrices = ((basis * SPECTRA[name].double()) @ basis.mT * sizes[:, None, None]).to(dtype)
+    matrices = (matrices + matrices.mT) / 2
+    exact = torch.linalg.eigvalsh(matrices.double())[:, -1]
+    found = dominant_eigenvalue(matrices)
+    assert found.dtype is dtype
+    rounding = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 1e-6
+    torch.testing.assert_close(found.double(), exact, rtol=rounding, atol=0.0)
+
+
+def test_the_largest_eigenvalue_by_squaring_of_a_zero_matrix_is_zero() -> None:
+    assert dominant_eigenvalue(torch.zeros(2, 3, 3)).tolist() == [0.0, 0.0]

@@ -113,7 +113,7 @@ def inserted(module: GraphModule, targets: Callable[[str], bool]) -> list[Any]:
     return [n for n in nodes if targets(str(n.target))]
 
 
-@pytest.mark.parametrize("form", ["patches", "products", "transform", "convolution"])
+@pytest.mark.parametrize("form", ["patches", "products", "shifts", "transform", "convolution"])
 def test_inserted_products_meet_full_float32_and_the_models_own_do_not(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,8 @@ from kfac_fx.bench.clock import in_turns
 from kfac_fx.bench.records import Tuned
 from kfac_fx.editing import eliminate_dead
 from kfac_fx.errors import KfacFxError
-from kfac_fx.forms import Form, costs, preferred
+from kfac_fx.estimates import Form
+from kfac_fx.forms import costs, preferred
 from kfac_fx.graph import shape, value
 from kfac_fx.layout import Geometry
 from kfac_fx.lower import lower

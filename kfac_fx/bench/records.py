@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from kfac_fx.forms import Case, Form
+from kfac_fx.estimates import Form
+from kfac_fx.forms import Case
 from kfac_fx.layout import Geometry
 
 BASELINE = "sgd"

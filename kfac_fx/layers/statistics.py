@@ -6,52 +6,21 @@ asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from kfac_fx import autocorrelation, gram, rows
-from kfac_fx.layers.kind import LayerKind
-from kfac_fx.types import LayerMatch, Sharing, Use
+from kfac_fx import autocorrelation, gram, rows, squares
+from kfac_fx.layers.readings import MatchReadings, UseValues
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class UseValues:
-    """Values of one use's nodes. g: one tensor per backward pass that feeds the Fisher."""
-
-    use: Use
-    a: Tensor | None
-    operands: tuple[Tensor, ...]
-    g: tuple[Tensor, ...]
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class MatchStatistics:
-    """`Statistics` of a match (see `kfac_fx.contracts.Statistics`).
-
-    kinds: layer kind of each use, by name. ignores: the loss can ignore terms, so that a row whose gradient
-    is zero in every pass is padding and is left out of A (methods.md 1.1). readers: uses of the other layers
-    that share A. rounded: rows a and g are rounded to bfloat16 first, except those of scales and shifts.
-    """
-
-    match: LayerMatch
-    uses: tuple[UseValues, ...]
-    kinds: Mapping[str, LayerKind]
-    inverse_scale: Tensor
-    sharing: Sharing
-    ignores: bool = False
-    readers: tuple[tuple[UseValues, ...], ...] = ()
-    rounded: bool = False
-
-    @property
-    def structure(self) -> str:
-        """The match's structure."""
-        return self.match.structure
+class MatchStatistics(MatchReadings):
+    """`Statistics` of a match (see `kfac_fx.contracts.Statistics`)."""
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -87,15 +56,14 @@ class MatchStatistics:
             x = None if values.a is None else kind.input_rows(use, values.a, values.operands)
             for g in values.g:
                 g_rows = self._scaled(values, g)
-                shift = g_rows.sum(1)
+                shift = _over_positions(g_rows)
                 if x is None:
-                    per_use.append(shift.unsqueeze(-1))
+                    per_use.append([shift])
                     continue
-                scale = (g_rows * x.to(g_rows.dtype)).sum(1)
+                scale = _over_positions(g_rows * x.to(g_rows.dtype))
                 if self.match.bias is not None and not use.bias:
                     shift = torch.zeros_like(shift)
-                parts = [scale, shift] if self.match.bias is not None else [scale]
-                per_use.append(torch.stack(parts, -1))
+                per_use.append([scale, shift] if self.match.bias is not None else [scale])
         return gram.block_moment(per_use, self.inverse_scale)
 
     def input_rows(self, *, reduced: bool, positions: Sequence[Tensor] | None = None) -> Tensor:
@@ -103,7 +71,27 @@ class MatchStatistics:
         uses, bias = self._oriented(False), self.match.bias is not None
         if reduced:
             return gram.reduced_rows([self._position_sums(values) for values in uses], bias=bias)
-        return rows.input_rows([self._input_rows(v) for v in uses], bias=bias, positions=positions)
+        if positions is None:
+            return rows.input_rows([self._input_rows(v) for v in uses], bias=bias)
+        marks = [self._kept(values) for values in uses]
+        drawn = zip(uses, positions, marks, strict=True)
+        count = rows.total_count(
+            [(self.match.examples * t, k) for t, k in zip(self.positions, marks, strict=True)]
+        )
+        chosen = [self._rows_at(values, index, kept) for values, index, kept in drawn]
+        return rows.weighted_rows(chosen, self.positions, count, bias=bias)
+
+    def field_rows(self, *, reduced: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches summed over the kernel, and what A has in all and in its last entry."""
+        if reduced:
+            found, bias = self.input_rows(reduced=True), self.match.bias is not None
+            return rows.reduced_field_rows(found, volume=self.match.kernel_volume, bias=bias)
+        read = []
+        for values in self._oriented(False):
+            assert values.a is not None and values.use.geometry is not None
+            a = self._precise(values.a)
+            read.append((a, values.use.geometry, values.use.bias, self._kept(values)))
+        return rows.field_rows(read)
 
     def output_rows(self, *, reduced: bool, positions: Sequence[Tensor] | None = None) -> Tensor:
         """Rows X with X^T X = G: [groups, m, d_out]."""
@@ -119,42 +107,56 @@ class MatchStatistics:
 
     def squared_projections(self, input_basis: Tensor | None, output_basis: Tensor | None) -> Tensor:
         """Squares of per-example gradients in a basis, summed: [groups, d_out, d_in]."""
-        total = None
-        for number in range(len(self.uses[0].g)):
-            square = self._squares_of_pass(number, input_basis, output_basis)
-            total = square if total is None else total + square
-        assert total is not None
+        if self.structure == "diagonal" and not self.match.tied:
+            total = self._squares_of_lookups(output_basis)
+        else:
+            parts = [self._gradient_parts(values) for values in self.uses]
+            examples = self._scaled(self.uses[0], self.uses[0].g[0]).shape[1]
+            total = squares.squared_projections(
+                parts, input_basis, output_basis, bias=self.match.bias is not None, examples=examples
+            )
         return total * self.inverse_scale.to(total.dtype)
 
-    def _squares_of_pass(
-        self, number: int, input_basis: Tensor | None, output_basis: Tensor | None
-    ) -> Tensor:
-        if self.structure == "diagonal" and not self.match.tied:
-            lookups = []
-            for values in self.uses:
-                assert values.a is not None
-                index = self._kind(values.use).input_rows(values.use, values.a, values.operands)
-                lookups.append((index, self._gradient_rows(values, values.g[number])))
-            padding_idx = self.uses[0].use.options["padding_idx"]
-            return rows.squared_projections_of_indices(
-                lookups, output_basis, size=self.match.d_in, padding_idx=padding_idx
-            )
-        pairs = [self._factors_of_gradients(values, number) for values in self.uses]
-        return rows.squared_projections(pairs, input_basis, output_basis, bias=self.match.bias is not None)
+    def _squares_of_lookups(self, output_basis: Tensor | None) -> Tensor:
+        """Of an embedding, all passes."""
+        per_use = []
+        for values in self.uses:
+            assert values.a is not None
+            index = self._kind(values.use).input_rows(values.use, values.a, values.operands)
+            per_use.append([(index, self._gradient_rows(values, g)) for g in values.g])
+        sizes = {"size": self.match.d_in, "padding_idx": self.uses[0].use.options["padding_idx"]}
+        found = [
+            squares.squared_projections_of_indices(lookups, output_basis, **sizes)
+            for lookups in zip(*per_use, strict=True)
+        ]
+        return sum(found[1:], start=found[0])
 
-    def _factors_of_gradients(self, values: UseValues, number: int) -> tuple[gram.InputRows, Tensor]:
-        """Rows whose products are the gradients: (a, g), or (g, a) of a use of opposite orientation."""
-        g_rows = self._gradient_rows(values, values.g[number])
+    def _gradient_parts(self, values: UseValues) -> squares.GradientParts:
+        """Rows whose products are the gradients, with those of each pass."""
+        outputs, geometry = [self._gradient_rows(values, g) for g in values.g], values.use.geometry
+        if geometry is None:
+            return squares.parts_of_rows(self._factors_of_gradients(values, outputs))
+        assert values.a is not None
+        a, kept = self._precise(values.a), self._kept(values)
+        return squares.parts_of_patches(a, geometry, outputs, ones=values.use.bias, kept=kept)
+
+    def _factors_of_gradients(
+        self, values: UseValues, outputs: Sequence[Tensor]
+    ) -> list[tuple[gram.InputRows, Tensor]]:
+        """(a, g) of each pass, or (g, a) of a use of opposite orientation."""
         if values.use.options.get("swapped", False):
-            return gram.InputRows(rows=g_rows, ones=False), self._input_rows(values).rows
+            a = self._input_rows(values).rows
+            return [(gram.InputRows(rows=g_rows, ones=False), a) for g_rows in outputs]
         if self.structure != "diagonal":
-            return self._input_rows(values), g_rows
+            use = self._input_rows(values)
+            return [(use, g_rows) for g_rows in outputs]
         assert values.a is not None
         index = self._kind(values.use).input_rows(values.use, values.a, values.operands)
         words = torch.arange(self.match.d_in, device=index.device)
         words = torch.where(words == values.use.options["padding_idx"], -1, words)
-        hot = index.reshape(*g_rows.shape[:3], 1) == words
-        return gram.InputRows(rows=hot.to(g_rows.dtype), ones=False), g_rows
+        hot = index.reshape(*outputs[0].shape[:3], 1) == words
+        use = gram.InputRows(rows=hot.to(outputs[0].dtype), ones=False)
+        return [(use, g_rows) for g_rows in outputs]
 
     def channel_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and second moment of a convolution's input channels."""
@@ -164,26 +166,6 @@ class MatchStatistics:
             moments.append(rows.channel_moments(self._precise(values.a), values.use.geometry))
         means, seconds = (torch.stack(parts).mean(0) for parts in zip(*moments, strict=True))
         return means, seconds
-
-    def _oriented(self, swapped: bool) -> tuple[UseValues, ...]:
-        return tuple(values for values in self.uses if values.use.options.get("swapped", False) is swapped)
-
-    def _kind(self, use: Use) -> LayerKind:
-        return self.kinds[use.options["kind"]]
-
-    def _input_rows(self, values: UseValues) -> gram.InputRows:
-        assert values.a is not None
-        a = self._kind(values.use).input_rows(values.use, values.a, values.operands)
-        return gram.InputRows(rows=self._precise(a), ones=values.use.bias, kept=self._kept(values))
-
-    def _position_sums(self, values: UseValues) -> gram.PositionSums:
-        """Of all rows, also those of ignored terms."""
-        geometry, a = values.use.geometry, values.a
-        assert a is not None
-        if geometry is not None:
-            return autocorrelation.position_sums(self._precise(a), geometry, ones=values.use.bias)
-        a = self._precise(self._kind(values.use).input_rows(values.use, a, values.operands))
-        return gram.sums_of_rows(gram.InputRows(rows=a, ones=values.use.bias))
 
     def _moment(self, values: UseValues) -> gram.InputMoment:
         geometry, kept = values.use.geometry, self._kept(values)
@@ -195,15 +177,6 @@ class MatchStatistics:
         if kept is not None:
             return autocorrelation.masked_moment(a, geometry, form=form, ones=ones, kept=kept)
         return autocorrelation.input_moment(a, geometry, form=form, ones=ones)
-
-    def _kept(self, values: UseValues) -> Tensor | None:
-        """1 for rows with a gradient in some pass of some reader of the input, else 0: [N, T]. None: all."""
-        if not self.ignores or self.sharing == "reduce" or self._scaled(values, values.g[0]).shape[2] == 1:
-            return None
-        place = next(i for i, own in enumerate(self.uses) if own is values)
-        alike = [values, *(uses[place] for uses in self.readers)]
-        seen = [self._kind(v.use).output_rows(v.use, g, v.operands) for v in alike for g in v.g]
-        return torch.stack([g_rows.abs().amax((0, -1)) for g_rows in seen]).amax(0) != 0
 
     def _input_moment(self, uses: tuple[UseValues, ...]) -> Tensor:
         bias = self.match.bias is not None
@@ -221,23 +194,7 @@ class MatchStatistics:
             dtype=gram.statistics_dtype(uses[0].g[0].dtype),
         )
 
-    def _scaled(self, values: UseValues, g: Tensor) -> Tensor:
-        g_rows = self._kind(values.use).output_rows(values.use, g, values.operands)
-        return g_rows if values.use.scale == 1.0 else g_rows * values.use.scale
 
-    def _gradient_rows(self, values: UseValues, g: Tensor) -> Tensor:
-        return self._precise(self._scaled(values, g))
-
-    def _precise(self, rows: Tensor) -> Tensor:
-        """In the precision in which second moments are taken."""
-        return gram.rounded(rows) if self.rounded else gram.wide(rows)
-
-    def _output_rows(self, uses: tuple[UseValues, ...]) -> list[Tensor]:
-        """One entry per use and pass.
-
-        Uses of one pass are joined over positions where positions are summed.
-        """
-        per_use = [[self._gradient_rows(values, g) for g in values.g] for values in uses]
-        if self.sharing == "expand" or self.structure == "diagonal":
-            return [g_rows for passes in per_use for g_rows in passes]
-        return [torch.cat(passes, 2) for passes in zip(*per_use, strict=True)]
+def _over_positions(rows: Tensor) -> Tensor:
+    """Sums over the positions of each row: [rows, positions, channels] -> [rows, channels]."""
+    return rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1)

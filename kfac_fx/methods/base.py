@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx.contracts import Statistics
+from kfac_fx.layout import lies_transposed
 from kfac_fx.methods.costs import factor_shapes, inverse_flops, moment_flops, product_flops, spec
 from kfac_fx.types import FactorSpec, LayerMatch, State
 
@@ -212,8 +213,17 @@ def norm_recovered(directions: list[Tensor], gradients: list[Tensor]) -> list[Te
 def two_sided(output_inverse: Tensor, gradient: Tensor, input_inverse: Tensor) -> Tensor:
     """G^-1 grad A^-1. gradient: [groups, d_out, d_in]; inverses: matrices per group, or a vector of length
     d_in.
+
+    A gradient that lies transposed in memory (an embedding's, GPT-2's) gives a direction that does too, so
+    that later sums and the way back to the parameter read and write memory in order.
     """
-    half = output_inverse @ gradient.to(output_inverse.dtype)
+    gradient = gradient.to(output_inverse.dtype)
+    if lies_transposed(gradient):
+        half = gradient.mT @ output_inverse.mT
+        if input_inverse.dim() == 1:
+            return (half * input_inverse.unsqueeze(-1)).mT
+        return (input_inverse.mT @ half).mT
+    half = output_inverse @ gradient
     return half * input_inverse if input_inverse.dim() == 1 else half @ input_inverse
 
 

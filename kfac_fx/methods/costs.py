@@ -122,9 +122,9 @@ def _box_additions(use: Use, match: LayerMatch) -> int:
     """Additions of one example's box sums: axis after axis, each tap adds the lines that it reads."""
     geometry = use.geometry
     assert geometry is not None
-    outputs, total = shape(use.g[0])[2:], 0
-    space = outputs if geometry.transposed else geometry.space  # of the upsampled image about as many
-    for axis, count in enumerate(outputs):
+    space, total = geometry.space, 0
+    read = space if geometry.transposed else shape(use.g[0])[2:]  # by one tap along an axis, at the most
+    for axis, count in enumerate(read):
         total += math.prod(geometry.kernel[: axis + 1]) * count * math.prod(space[axis + 1 :])
     return match.groups * match.channels * total
 

@@ -67,7 +67,7 @@ class Diagonal(KroneckerFactored):
         """V = grad / (S + lambda); 0 where that is zero."""
         (squares,) = state.values()
         damped = squares + self.damping
-        return torch.where(damped > 0, gradient.to(damped.dtype) / damped, 0.0)
+        return (gradient.to(damped.dtype) / damped).masked_fill(~(damped > 0), 0.0)
 
     def factors(self, match: LayerMatch, *, dtype: torch.dtype) -> tuple[FactorSpec, ...]:
         """One vector."""

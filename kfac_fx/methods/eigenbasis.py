@@ -60,5 +60,5 @@ def solved_in_basis(state: State, gradient: Tensor, damped: Tensor) -> Tensor:
     q_g, q_a = state["G_basis"], state.get("A_basis")
     rotated = q_g.mT @ gradient.to(q_g.dtype)
     rotated = rotated if q_a is None else rotated @ q_a
-    solved = q_g @ torch.where(damped > 0, rotated / damped, 0.0)
+    solved = q_g @ (rotated / damped).masked_fill(~(damped > 0), 0.0)
     return solved if q_a is None else solved @ q_a.mT

@@ -138,18 +138,21 @@ class SKFAC(KroneckerFactored):
 
     def batch_statistics(self, statistics: Statistics, names: Sequence[str], state: State) -> State:
         """Rows, or second moments, of one batch."""
-        match, convolution = statistics.match, statistics.match.uses[0].geometry is not None
-        moments = [] if convolution else [name for name in names if not name.endswith("_rows")]
+        match, own = statistics.match, self.rows(statistics.match)
+        convolution = match.uses[0].geometry is not None
+        few = convolution and (own.reduced or own.subsampled)
+        by_rows = {"A" if few or own.by_field else "", "G" if few else ""}  # the others are moments
+        moments = [name for name in names if not name.endswith("_rows") and name[0] not in by_rows]
         found = super().batch_statistics(statistics, moments, state)
         sides = {name[0] for name in names if name not in found}
-        own = self.rows(match)
         drawn = self._drawn(statistics, state) if own.subsampled else None
-        if "A" in sides:
+        if "A" in sides and own.by_field:
+            summed, trace, corner = statistics.field_rows(reduced=own.reduced)
+            found |= {"A_bias": corner} if match.bias is not None else {}
+            rows = thin.scaled_field(summed, trace, volume=match.kernel_volume)
+            found |= thin.thin_or_dense("A", rows, names)
+        elif "A" in sides:
             rows = statistics.input_rows(reduced=own.reduced, positions=drawn)
-            if own.by_field:
-                bias = match.bias is not None
-                rows, corner = thin.field_rows(rows, volume=match.kernel_volume, bias=bias)
-                found |= {} if corner is None else {"A_bias": corner}
             found |= thin.thin_or_dense("A", rows, names)
         if "G" in sides:
             rows = statistics.output_rows(reduced=own.reduced, positions=drawn)

@@ -17,7 +17,6 @@ from kfac_fx import woodbury
 from kfac_fx.linalg import join_orientations
 from kfac_fx.methods.base import identity, zeros
 from kfac_fx.methods.costs import moment_flops
-from kfac_fx.rows import kernel_sums
 from kfac_fx.types import LayerMatch, State
 
 Form = Literal["diagonal", "dense", "materialised", "implicit"]
@@ -146,19 +145,15 @@ def thin_or_dense(side: str, rows: Tensor, names: Sequence[str]) -> State:
     return {side: rows.mT @ rows}
 
 
-def field_rows(rows: Tensor, *, volume: int, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """Rows of c A_rf, and the second moment of the bias coordinate (None without a bias).
+def scaled_field(summed: Tensor, trace: Tensor, *, volume: int) -> Tensor:
+    """Rows of c A_rf. summed: rows of A_rf, patches summed over the kernel's `volume` taps: [groups, m, C].
 
-    rows: [groups, m, C * volume (+1)], X^T X = A. A_rf is the second moment of patches summed over the
-    kernel's `volume` offsets; A is approximated by (c A_rf) (x) I, and c = tr(A) / (volume tr(A_rf)) keeps
-    the trace of the weights' part. methods.md 4.4, strategy S3.
+    A is approximated by (c A_rf) (x) I, and c = tr(A) / (volume tr(A_rf)) keeps the trace of the weights'
+    part. methods.md 4.4, strategy S3.
     """
-    patches = rows[..., :-1] if bias else rows
-    summed = kernel_sums(patches, volume)
-    trace, of_sums = (patches**2).sum((1, 2)), (summed**2).sum((1, 2))
-    match_traces = torch.where(of_sums > 0, trace / (volume * of_sums), 1.0)
-    scaled = summed * match_traces.sqrt()[:, None, None]
-    return scaled, (rows[..., -1] ** 2).sum(1) if bias else None
+    of_sums = (summed**2).sum((1, 2))
+    match_traces = (trace / (volume * of_sums)).masked_fill(~(of_sums > 0), 1.0)
+    return summed * match_traces.sqrt()[:, None, None]
 
 
 def applied_left(state: State, gradient: Tensor) -> Tensor:

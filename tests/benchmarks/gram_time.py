@@ -50,7 +50,7 @@ GEOMETRIES = (
     (64, 32, 32, 1, 1, 0),
     (16, 256, 28, 1, 2, 0),
 )
-FORMS = ("pixels", "patches", "transform", "convolution")
+FORMS = ("pixels", "patches", "shifts", "transform", "convolution")
 AIM = 4.0  # least ratio of 3x3 kernels with stride 1 and 32 channels and more
 
 

@@ -1,0 +1,150 @@
+"""The windows that a convolution's kernel reads, in parts, at some positions or summed; never all at once.
+
+Enters: images [N, C, *space] and a geometry. Leaves: patches, features in the order of `gram.patches`, or
+sums over them. Tensors only. methods.md 1.4.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_fx.forms import patch_chunks
+from kfac_fx.gram import PositionSums, patches, upsampled, wide
+from kfac_fx.layout import Geometry, output_sizes
+
+
+def positions_of(geometry: Geometry, space: tuple[int, ...]) -> tuple[int, ...]:
+    """Output positions per axis for images of this size."""
+    return output_sizes(replace(geometry, space=space))
+
+
+def patch_parts(x: Tensor, geometry: Geometry) -> Iterator[tuple[slice, slice, Tensor]]:
+    """All patches in parts of the batch, of single examples where one has too many: (examples, positions,
+    patches [groups, n, t, C/groups * K]). Parts are at most `LARGEST_PATCHES` times as large as x.
+    """
+    chunks, examples = patch_chunks(geometry), x.shape[0]
+    size = max(examples // chunks, 1)
+    for start in range(0, examples, size):
+        part = x[start : start + size]
+        for positions, rows in patches_by_lines(part, geometry, -(-chunks // examples)):
+            yield slice(start, start + part.shape[0]), positions, rows
+
+
+def patches_by_lines(x: Tensor, geometry: Geometry, parts: int) -> Iterator[tuple[slice, Tensor]]:
+    """Patches of all of x, the first axis of the outputs in at least so many parts: (positions, patches)."""
+    outputs, *others = positions_of(geometry, tuple(x.shape[2:]))
+    if parts <= 1:
+        yield slice(0, outputs * math.prod(others)), patches(x, geometry)
+        return
+    lines = max(1, outputs // parts)
+    read = _lines_of_transposed if geometry.transposed else _lines
+    for start in range(0, outputs, lines):
+        count = min(lines, outputs - start)
+        positions = slice(start * math.prod(others), (start + count) * math.prod(others))
+        yield positions, read(x, geometry, start, count)
+
+
+def _lines(x: Tensor, geometry: Geometry, start: int, count: int) -> Tensor:
+    """Patches of some lines of outputs."""
+    sides = [side for p in reversed(geometry.padding) for side in (p, p)]
+    length = (count - 1) * geometry.stride[0] + _reach(geometry, 0) + 1
+    cut = F.pad(x, sides).narrow(2, start * geometry.stride[0], length)
+    return patches(cut, replace(geometry, padding=(0,) * len(geometry.padding)))
+
+
+def _lines_of_transposed(x: Tensor, geometry: Geometry, start: int, count: int) -> Tensor:
+    """Patches of some lines of a transposed convolution's outputs, from the lines of x that they read."""
+    stride, padding, reach = geometry.stride[0], geometry.padding[0] + start, _reach(geometry, 0)
+    first = max(0, -((reach - padding) // stride))
+    last = min(x.shape[2] - 1, (padding + count - 1) // stride)
+    if first > last:  # between the taps of a kernel that is smaller than the stride
+        positions = count * math.prod(positions_of(geometry, tuple(x.shape[2:]))[1:])
+        channels, volume = x.shape[1] // geometry.groups, math.prod(geometry.kernel)
+        return x.new_zeros(geometry.groups, x.shape[0], positions, channels * volume)
+    padding = padding - stride * first
+    more = count - (stride * (last - first) + reach + 1 - 2 * padding)
+    cut = replace(
+        geometry,
+        padding=(padding, *geometry.padding[1:]),
+        output_padding=(more, *geometry.output_padding[1:]),
+    )
+    return patches(x.narrow(2, first, last - first + 1), cut)
+
+
+def patches_at(x: Tensor, geometry: Geometry, positions: Tensor) -> Tensor:
+    """Patches at some positions alone. positions: [n]. Returns [groups, N, n, C/groups * K]."""
+    space = tuple(x.shape[2:])
+    outputs, rank = positions_of(geometry, space), len(space)
+    pixel = torch.zeros((1,) * (1 + rank), dtype=torch.int64, device=x.device)
+    inside = torch.ones_like(pixel, dtype=torch.bool)
+    for axis, size in enumerate(space):
+        output = positions // math.prod(outputs[axis + 1 :]) % outputs[axis]
+        index, reads = _pixels_read(output, geometry, axis)
+        shape = [len(positions), *(1,) * rank]
+        shape[1 + axis] = geometry.kernel[axis]
+        inside = inside & (reads & (index >= 0) & (index < size)).reshape(shape)
+        pixel = pixel * size + index.clamp(0, size - 1).reshape(shape)
+    read = x.flatten(2).index_select(2, pixel.flatten())
+    read = read.unflatten(2, (len(positions), -1)) * inside.flatten(1).to(x.dtype)
+    return read.unflatten(1, (geometry.groups, -1)).permute(1, 0, 3, 2, 4).flatten(3)
+
+
+def _pixels_read(output: Tensor, geometry: Geometry, axis: int) -> tuple[Tensor, Tensor]:
+    """Along one axis: the pixel that each tap reads for these outputs, and whether it reads any: [n, K]."""
+    stride, padding = geometry.stride[axis], geometry.padding[axis]
+    taps = geometry.dilation[axis] * torch.arange(geometry.kernel[axis], device=output.device)
+    if not geometry.transposed:
+        index = output.unsqueeze(1) * stride - padding + taps
+        return index, torch.ones_like(index, dtype=torch.bool)
+    spread = output.unsqueeze(1) + padding - taps
+    return torch.div(spread, stride, rounding_mode="floor"), spread % stride == 0
+
+
+def window_sums(x: Tensor, geometry: Geometry) -> Tensor:
+    """Patches summed over the kernel, one axis after the other: [N, C, *space] -> [N, C, T]."""
+    if geometry.transposed:
+        x, geometry = upsampled(x, geometry)
+    x = F.pad(x, [side for p in reversed(geometry.padding) for side in (p, p)])
+    for axis, taps in enumerate(geometry.kernel):
+        dim, stride, dilation = 2 + axis, geometry.stride[axis], geometry.dilation[axis]
+        length = x.shape[dim] - dilation * (taps - 1)
+        every = (slice(None),) * dim + (slice(None, None, stride),)
+        read = (x.narrow(dim, dilation * tap, length)[every] for tap in range(taps))
+        x = functools.reduce(torch.add, read)
+    return x.flatten(2)
+
+
+def position_sums(x: Tensor, geometry: Geometry, *, ones: bool) -> PositionSums:
+    """Sums of each example's patches, without the patches: box sums, one axis after the other."""
+    x, outputs = wide(x), positions_of(geometry, tuple(x.shape[2:]))
+    for axis, count in enumerate(outputs):  # the axis' pixels go, its taps come last
+        x = torch.stack([_box(x, geometry, axis, tap, count) for tap in range(geometry.kernel[axis])], -1)
+    sums = x.flatten(2).unflatten(1, (geometry.groups, -1)).flatten(2).transpose(0, 1)
+    return PositionSums(sums=sums, positions=math.prod(outputs), ones=ones)
+
+
+def _box(x: Tensor, geometry: Geometry, axis: int, tap: int, count: int) -> Tensor:
+    """Sum over the pixels that one tap reads along the third axis of x, which is the geometry's `axis`."""
+    stride, size = geometry.stride[axis], x.shape[2]
+    start = geometry.dilation[axis] * tap - geometry.padding[axis]
+    if geometry.transposed:  # pixel i is read by output stride * i + start
+        first, last = max(0, -(start // stride)), min(size - 1, (count - 1 - start) // stride)
+        return x[:, :, first : max(last + 1, first)].sum(2)
+    first = max(0, -(start // stride))  # the first output whose pixel is inside
+    last = min(count - 1, (size - 1 - start) // stride)
+    inside = (
+        x[:, :, start + stride * first : start + stride * last + 1 : stride] if first <= last else x[:, :, :0]
+    )
+    return inside.sum(2)
+
+
+def _reach(geometry: Geometry, axis: int) -> int:
+    """Pixels between the first tap and the last."""
+    return geometry.dilation[axis] * (geometry.kernel[axis] - 1)
