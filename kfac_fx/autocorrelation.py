@@ -7,7 +7,7 @@ edges would have read is subtracted: strips a few pixels wide, themselves convol
 Strides become channels first (phases). All of it is exact. methods.md 1.4; means over positions are box sums.
 
 Enters: an image [N, C, *space] and a geometry. Leaves: sums over examples and positions, features in the
-order of `gram.patches`. Tensors only.
+order of `windows.patches`. Tensors only.
 """
 
 from __future__ import annotations

@@ -42,19 +42,20 @@ class Box:
 class Recipe:
     """What to multiply and what to subtract.
 
-    less: every box, what it is made of before it; none: a product of its own; else that of the first box less
-    those of the others. pairs: the box of every pair of taps i <= j, in row-major order of taps; None where
-    they never read two pixels at once. steps: distance of the pixels of a line, per axis.
+    parts: of every box, in an order in which parts come first. No parts: a product of its own; else the
+    moment is that of the first part less those of the others. pairs: the box of every pair of taps i <= j, in
+    row-major order of taps; None where they never read two pixels at once. steps: distance of the pixels of a
+    line, per axis.
     """
 
     steps: tuple[int, ...]
-    less: Mapping[Box, tuple[Box, ...]]
+    parts: Mapping[Box, tuple[Box, ...]]
     pairs: Mapping[tuple[int, int], Box | None]
 
     @property
     def products(self) -> list[Box]:
         """Boxes that are multiplied."""
-        return [box for box, parts in self.less.items() if not parts]
+        return [box for box, parts in self.parts.items() if not parts]
 
 
 @functools.lru_cache(maxsize=256)
@@ -65,7 +66,7 @@ def recipe(geometry: Geometry) -> Recipe:
     steps = (1,) * len(axes) if geometry.transposed else geometry.stride
     hulls = [_hulls(lines.values(), step) for lines, step in zip(axes, steps, strict=True)]
     taps = list(itertools.product(*map(range, geometry.kernel)))
-    less: dict[Box, tuple[Box, ...]] = {}
+    parts: dict[Box, tuple[Box, ...]] = {}
     pairs: dict[tuple[int, int], Box | None] = {}
     for i, j in itertools.combinations_with_replacement(range(len(taps)), 2):
         box = Box(
@@ -73,8 +74,8 @@ def recipe(geometry: Geometry) -> Recipe:
         )
         pairs[i, j] = box if box.size else None
         if box.size:
-            _explain(box, hulls, steps, less)
-    return Recipe(steps=steps, less=less, pairs=pairs)
+            _explain(box, hulls, steps, parts)
+    return Recipe(steps=steps, parts=parts, pairs=pairs)
 
 
 def _pairs_of_axis(geometry: Geometry, axis: int) -> dict[tuple[int, int], Line]:
@@ -120,10 +121,10 @@ def _explain(
     box: Box,
     hulls: list[dict[tuple[int, int], Line]],
     steps: tuple[int, ...],
-    less: dict[Box, tuple[Box, ...]],
+    found: dict[Box, tuple[Box, ...]],
 ) -> None:
     """Note what the box is made of, and the same for its parts."""
-    if box in less:
+    if box in found:
         return
     parts: tuple[Box, ...] = ()
     for axis, (line, step) in enumerate(zip(box.lines, steps, strict=True)):
@@ -136,8 +137,8 @@ def _explain(
             parts = tuple(_with_line(box, axis, line) for line in lines)
             break
     for part in parts:
-        _explain(part, hulls, steps, less)
-    less[box] = parts
+        _explain(part, hulls, steps, found)
+    found[box] = parts
 
 
 def _with_line(box: Box, axis: int, line: Line) -> Box:

@@ -60,8 +60,6 @@ class Cost:
 
 def expansion(geometry: Geometry) -> float:
     """Elements of all patches relative to those of the image."""
-    if geometry.transposed:
-        return float(math.prod(geometry.kernel) * math.prod(geometry.stride))
     return math.prod(output_sizes(geometry)) * math.prod(geometry.kernel) / math.prod(geometry.space)
 
 
@@ -95,7 +93,7 @@ def of_shifts(geometry: Geometry, examples: int, channels: int, rates: Rates) ->
     if volume > _MOST_TAPS:
         return []
     found = recipe(geometry)
-    boxes, sums = found.products, sum(max(len(parts) - 1, 0) for parts in found.less.values())
+    boxes, sums = found.products, sum(max(len(parts) - 1, 0) for parts in found.parts.values())
     if len(boxes) > _MOST_BOXES:
         return []
     pixels = examples * sum(box.size for box in boxes)

@@ -8,16 +8,13 @@ Tensors in, tensors out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_fx.layout import Geometry
 from kfac_fx.types import Sharing
 
 _LARGE, _BLOCKS = 512, 4  # 5/8 of the FLOPs in 3/4 of the time (d = 1024 on two CPU cores); no gain below
@@ -205,60 +202,6 @@ def frequencies(indices: Sequence[Tensor], *, size: int, padding_idx: int, dtype
         flat = index.reshape(-1)
         counts = counts.index_add(0, flat, (flat != padding_idx).to(dtype))
     return counts / total
-
-
-def patches(x: Tensor, geometry: Geometry) -> Tensor:
-    """Patches that a convolution reads, as rows. x: [N, C, *space]. Returns [groups, N, T, C/groups * K].
-
-    Features run channel first, then the kernel in row-major order: the order of `weight.reshape(C_out, -1)`.
-    methods.md 1.4.
-    """
-    if geometry.transposed:
-        x, geometry = upsampled(x, geometry)
-    x = F.pad(x, [side for p in reversed(geometry.padding) for side in (p, p)])
-    return _patches_of_padded(x, geometry)
-
-
-def _patches_of_padded(x: Tensor, geometry: Geometry) -> Tensor:
-    space = len(geometry.kernel)
-    for axis in range(space):
-        kernel, dilation = geometry.kernel[axis], geometry.dilation[axis]
-        x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, geometry.stride[axis])
-    index = (..., *(slice(None, None, d) for d in geometry.dilation))
-    x = x[index]  # [N, C, *T, *K]
-    if geometry.transposed:
-        x = x.flip(tuple(range(-space, 0)))
-    groups, volume = geometry.groups, math.prod(geometry.kernel)
-    num, channels, positions = x.shape[0], x.shape[1] // groups, math.prod(x.shape[2 : 2 + space])
-    x = x.unflatten(1, (groups, channels))  # a view still: the one copy is the last reshape
-    t, k = range(3, 3 + space), range(3 + space, 3 + 2 * space)
-    return x.permute(1, 0, *t, 2, *k).reshape(groups, num, positions, channels * volume)
-
-
-def upsampled(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
-    """A transposed convolution reads `x` with zeros between its entries through the mirrored kernel, with
-    stride 1.
-    """
-    space = len(geometry.kernel)
-    wide = x
-    for axis, stride in enumerate(geometry.stride, start=2):
-        spread = wide.unsqueeze(axis + 1)
-        zeros = torch.zeros_like(spread).repeat_interleave(stride - 1, axis + 1)
-        between = torch.cat([spread, zeros], axis + 1).flatten(axis, axis + 1)
-        wide = between.narrow(axis, 0, between.shape[axis] - stride + 1)
-    sides: list[int] = []
-    for axis in reversed(range(space)):
-        left = geometry.dilation[axis] * (geometry.kernel[axis] - 1) - geometry.padding[axis]
-        sides += [left, left + geometry.output_padding[axis]]
-    padded = F.pad(wide, sides)
-    return padded, Geometry(
-        kernel=geometry.kernel,
-        stride=(1,) * space,
-        padding=(0,) * space,
-        dilation=geometry.dilation,
-        groups=geometry.groups,
-        transposed=True,
-    )
 
 
 def wide(rows: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Values between host and device without waiting, and who may wait.
 
-A CUDA device works behind Python until Python reads a value of it. No step but a layer's first does that
-(and a refresh by eigenvectors, and the quadratic model): what the host has to know is copied in the
-background and looked at later.
+A CUDA device works behind Python until Python reads a value of it. No step but a layer's first does that (and
+a refresh by eigenvectors or after one that failed, a step that makes thin factors grow, and the quadratic
+model): what the host has to know is copied in the background and looked at later.
 """
 
 from __future__ import annotations

@@ -132,5 +132,7 @@ def _joined_gradient(old: Tensor | None, new: Tensor | None, share: Tensor, summ
     assert present is not None
     old = torch.zeros_like(present) if old is None else old
     new = torch.zeros_like(present) if new is None else new
-    mean = torch.lerp(old, new, share.to(old.dtype))
-    return mean if summed is None else torch.where(summed, old + new, mean)
+    share = share.to(old.dtype)
+    if summed is None:
+        return torch.lerp(old, new, share)
+    return old * (1 - share).masked_fill(summed, 1.0) + new * share.masked_fill(summed, 1.0)

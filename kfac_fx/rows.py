@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_fx.gram import InputRows, gram, upsampled, wide
+from kfac_fx.gram import InputRows, gram, wide
 from kfac_fx.layout import Geometry
-from kfac_fx.windows import positions_of, window_sums
+from kfac_fx.windows import positions_of, upsampled, window_sums
 
 _BITS = 2**31 - 1
 

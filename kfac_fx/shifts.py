@@ -2,7 +2,7 @@
 
 The best form for few pixels with many channels, and one that any stride and dilation have. Which products,
 `boxes` says. Enters: an image [N, C, *space] and a geometry. Leaves: sums over examples and positions,
-features in the order of `gram.patches`. Tensors only.
+features in the order of `windows.patches`. Tensors only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def moment_by_shifts(x: Tensor, geometry: Geometry) -> Tensor:
     rank, found = len(geometry.kernel), recipe(geometry)
     pixels = x.unflatten(1, (geometry.groups, -1)).permute(1, *range(3, 3 + rank), 0, 2).contiguous()
     moments: dict[Box | None, Tensor] = {None: pixels.new_zeros(geometry.groups, *(pixels.shape[-1],) * 2)}
-    for box, parts in found.less.items():
+    for box, parts in found.parts.items():
         moments[box] = _product(pixels, box, found.steps) if not parts else moments[parts[0]]
         for part in parts[1:]:
             moments[box] = moments[box] - moments[part]

@@ -146,8 +146,8 @@ def _joint_basis(metric: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
 def largest_eigenvalue(factor: Tensor) -> Tensor:
     """Largest eigenvalue per matrix, at least 0; 0 where the matrix is not finite.
 
-    factor: [batch, d, d], or [d] for a diagonal one (returns [1]). Where eigenvalues would wait for the
-    device (`host.waits`), by `dominant_eigenvalue`, to 1e-6 of it.
+    factor: [batch, d, d], or [d] for a diagonal one (returns [1]); positive semi-definite. Where eigenvalues
+    would wait for the device (`host.waits`), by `dominant_eigenvalue`, to 1e-6 of it.
     """
     if factor.dim() == 1:
         largest = factor.amax().reshape(1)
@@ -168,8 +168,8 @@ def dominant_eigenvalue(matrices: Tensor) -> Tensor:
     """Largest absolute eigenvalue of each symmetric matrix by 25 squarings: [batch]; nothing is read back.
 
     The largest entry of M^p lies between l^p / d and l^p, so that p = 2^25 gives l up to ln(d) / p of it,
-    whatever the gap to the next one. Products of the matrix's own precision, at least float32; rounding of
-    the k-th counts 2^-k times.
+    whatever the gap to the next one (Gelfand's formula). Products of the matrix's own precision, at least
+    float32; rounding of the k-th counts 2^-k times.
     """
     power = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
     logarithm = torch.zeros(len(matrices), dtype=torch.float64, device=matrices.device)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from kfac_fx.forms import LARGEST_PATCHES
-from kfac_fx.gram import InputRows, wide
+from kfac_fx.gram import InputRows, statistics_dtype, wide
 from kfac_fx.layout import Geometry
 from kfac_fx.rows import with_ones
 from kfac_fx.windows import patches_by_lines
 
-_LARGEST_PART = 2**24
+_LARGEST_PART = 2**24  # elements of a part, whatever the activations have
+_MOST_PARTS = 16  # of the examples; more make long programs
 _Passes: TypeAlias = Sequence[tuple[InputRows, Tensor]]  # of one use
 
 
@@ -98,14 +99,16 @@ def squared_projections(
     Positions are summed BEFORE the square, so this is the exact diagonal of the Fisher block in that basis
     (George et al. 2018, arXiv:1806.03884, section 3; methods.md 6.2). Returns [groups, d_out, d_in(+1)].
     Examples are taken in parts: rows and gradients of a part are at most `LARGEST_PATCHES` times as large as
-    what the layer reads, or those of one example in parts of its positions.
+    what the layer reads, or those of one example in parts of its positions; gradients may be larger in the
+    few parts that programs can have.
     """
     first, positions = uses[0], sum(use.positions for use in uses)
     d_in, d_out = first.d_in + bias, first.d_out
     limit = min(_LARGEST_PART, int(LARGEST_PATCHES * max(use.elements for use in uses)))
     of_rows = first.groups * positions * max(d_in, d_out)
     of_gradient = first.groups * d_in * d_out if positions > 1 else 0
-    size = min(examples, max(1, limit // max(of_rows, of_gradient)))
+    size = min(limit // of_rows, max(limit // max(of_gradient, 1), -(-examples // _MOST_PARTS)))
+    size = min(examples, max(1, size))
     total, parts = None, -(-of_rows // limit)
     for start in range(0, examples, size):
         part = slice(start, min(start + size, examples))
@@ -179,7 +182,7 @@ def squared_projections_of_indices(
     positions, first = sum(index.shape[1] for index in indices), uses[0][1]
     limit = int(LARGEST_PATCHES * max(rows.numel() for _, rows in uses))  # of rows, of tables of [T, T]
     num = min(examples, max(1, limit // (positions * max(positions, d_out))))
-    table = torch.zeros(size, d_out, dtype=wide(first).dtype, device=first.device)
+    table = torch.zeros(size, d_out, dtype=statistics_dtype(first.dtype), device=first.device)
     for start in range(0, examples, num):
         part = slice(start, start + num)
         y = torch.cat([wide(rows[0, part]) for _, rows in uses], 1)

@@ -1,7 +1,7 @@
-"""The windows that a convolution's kernel reads, in parts, at some positions or summed; never all at once.
+"""The windows that a convolution's kernel reads: patches, all, in parts or at some positions; sums of them.
 
-Enters: images [N, C, *space] and a geometry. Leaves: patches, features in the order of `gram.patches`, or
-sums over them. Tensors only. methods.md 1.4.
+Enters: images [N, C, *space] and a geometry. Leaves: patches, or sums over them. Tensors only. methods.md
+1.4.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_fx.forms import patch_chunks
-from kfac_fx.gram import PositionSums, patches, upsampled, wide
+from kfac_fx.gram import PositionSums, wide
 from kfac_fx.layout import Geometry, output_sizes
 
 
@@ -25,9 +25,64 @@ def positions_of(geometry: Geometry, space: tuple[int, ...]) -> tuple[int, ...]:
     return output_sizes(replace(geometry, space=space))
 
 
+def patches(x: Tensor, geometry: Geometry) -> Tensor:
+    """Patches that a convolution reads, as rows. x: [N, C, *space]. Returns [groups, N, T, C/groups * K].
+
+    Features run channel first, then the kernel in row-major order: the order of `weight.reshape(C_out, -1)`.
+    methods.md 1.4.
+    """
+    if geometry.transposed:
+        x, geometry = upsampled(x, geometry)
+    x = _padded(x, geometry)
+    return _patches_of_padded(x, geometry)
+
+
+def _patches_of_padded(x: Tensor, geometry: Geometry) -> Tensor:
+    space = len(geometry.kernel)
+    for axis in range(space):
+        kernel, dilation = geometry.kernel[axis], geometry.dilation[axis]
+        x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, geometry.stride[axis])
+    index = (..., *(slice(None, None, d) for d in geometry.dilation))
+    x = x[index]  # [N, C, *T, *K]
+    if geometry.transposed:
+        x = x.flip(tuple(range(-space, 0)))
+    groups, volume = geometry.groups, math.prod(geometry.kernel)
+    num, channels, positions = x.shape[0], x.shape[1] // groups, math.prod(x.shape[2 : 2 + space])
+    x = x.unflatten(1, (groups, channels))  # a view still: the one copy is the last reshape
+    t, k = range(3, 3 + space), range(3 + space, 3 + 2 * space)
+    return x.permute(1, 0, *t, 2, *k).reshape(groups, num, positions, channels * volume)
+
+
+def upsampled(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """A transposed convolution reads `x` with zeros between its entries through the mirrored kernel, with
+    stride 1.
+    """
+    space = len(geometry.kernel)
+    wide = x
+    for axis, stride in enumerate(geometry.stride, start=2):
+        spread = wide.unsqueeze(axis + 1)
+        zeros = torch.zeros_like(spread).repeat_interleave(stride - 1, axis + 1)
+        between = torch.cat([spread, zeros], axis + 1).flatten(axis, axis + 1)
+        wide = between.narrow(axis, 0, between.shape[axis] - stride + 1)
+    sides: list[int] = []
+    for axis in reversed(range(space)):
+        left = geometry.dilation[axis] * (geometry.kernel[axis] - 1) - geometry.padding[axis]
+        sides += [left, left + geometry.output_padding[axis]]
+    padded = F.pad(wide, sides)
+    return padded, Geometry(
+        kernel=geometry.kernel,
+        stride=(1,) * space,
+        padding=(0,) * space,
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+        transposed=True,
+    )
+
+
 def patch_parts(x: Tensor, geometry: Geometry) -> Iterator[tuple[slice, slice, Tensor]]:
     """All patches in parts of the batch, of single examples where one has too many: (examples, positions,
-    patches [groups, n, t, C/groups * K]). Parts are at most `LARGEST_PATCHES` times as large as x.
+    patches [groups, n, t, C/groups * K]). Parts are at most `LARGEST_PATCHES` times as large as x, or one
+    line of one example's outputs along the first axis.
     """
     chunks, examples = patch_chunks(geometry), x.shape[0]
     size = max(examples // chunks, 1)
@@ -38,13 +93,18 @@ def patch_parts(x: Tensor, geometry: Geometry) -> Iterator[tuple[slice, slice, T
 
 
 def patches_by_lines(x: Tensor, geometry: Geometry, parts: int) -> Iterator[tuple[slice, Tensor]]:
-    """Patches of all of x, the first axis of the outputs in at least so many parts: (positions, patches)."""
+    """Patches of all of x, in so many parts of the outputs' first axis or more: (positions, patches).
+
+    A part has one line of outputs at least.
+    """
     outputs, *others = positions_of(geometry, tuple(x.shape[2:]))
     if parts <= 1:
         yield slice(0, outputs * math.prod(others)), patches(x, geometry)
         return
     lines = max(1, outputs // parts)
     read = _lines_of_transposed if geometry.transposed else _lines
+    if not geometry.transposed:
+        x, geometry = _padded(x, geometry), replace(geometry, padding=(0,) * len(geometry.padding))
     for start in range(0, outputs, lines):
         count = min(lines, outputs - start)
         positions = slice(start * math.prod(others), (start + count) * math.prod(others))
@@ -52,11 +112,14 @@ def patches_by_lines(x: Tensor, geometry: Geometry, parts: int) -> Iterator[tupl
 
 
 def _lines(x: Tensor, geometry: Geometry, start: int, count: int) -> Tensor:
-    """Patches of some lines of outputs."""
-    sides = [side for p in reversed(geometry.padding) for side in (p, p)]
+    """Patches of some lines of outputs; nothing is padded."""
     length = (count - 1) * geometry.stride[0] + _reach(geometry, 0) + 1
-    cut = F.pad(x, sides).narrow(2, start * geometry.stride[0], length)
-    return patches(cut, replace(geometry, padding=(0,) * len(geometry.padding)))
+    return patches(x.narrow(2, start * geometry.stride[0], length), geometry)
+
+
+def _padded(x: Tensor, geometry: Geometry) -> Tensor:
+    sides = [side for p in reversed(geometry.padding) for side in (p, p)]
+    return F.pad(x, sides) if any(sides) else x
 
 
 def _lines_of_transposed(x: Tensor, geometry: Geometry, start: int, count: int) -> Tensor:
@@ -92,7 +155,7 @@ def patches_at(x: Tensor, geometry: Geometry, positions: Tensor) -> Tensor:
         inside = inside & (reads & (index >= 0) & (index < size)).reshape(shape)
         pixel = pixel * size + index.clamp(0, size - 1).reshape(shape)
     read = x.flatten(2).index_select(2, pixel.flatten())
-    read = read.unflatten(2, (len(positions), -1)) * inside.flatten(1).to(x.dtype)
+    read = read.unflatten(2, (len(positions), -1)).masked_fill(~inside.flatten(1), 0.0)
     return read.unflatten(1, (geometry.groups, -1)).permute(1, 0, 3, 2, 4).flatten(3)
 
 
@@ -111,7 +174,7 @@ def window_sums(x: Tensor, geometry: Geometry) -> Tensor:
     """Patches summed over the kernel, one axis after the other: [N, C, *space] -> [N, C, T]."""
     if geometry.transposed:
         x, geometry = upsampled(x, geometry)
-    x = F.pad(x, [side for p in reversed(geometry.padding) for side in (p, p)])
+    x = _padded(x, geometry)
     for axis, taps in enumerate(geometry.kernel):
         dim, stride, dilation = 2 + axis, geometry.stride[axis], geometry.dilation[axis]
         length = x.shape[dim] - dilation * (taps - 1)

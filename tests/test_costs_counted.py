@@ -20,12 +20,12 @@ import kfac_fx
 from kfac_fx import report
 from kfac_fx.autocorrelation import masked_moment
 from kfac_fx.forms import LARGEST_PATCHES
-from kfac_fx.gram import patches
 from kfac_fx.graph import fake_mode
 from kfac_fx.instrument import instrument
 from kfac_fx.layout import Geometry
 from kfac_fx.planned import Plan
 from kfac_fx.report.numbers import flops_text
+from kfac_fx.windows import patches
 from tests.oracles import flop_counter
 from tests.test_statistics_memory import made
 

@@ -103,7 +103,8 @@ EIGEN = {"ekfac": EVERY["ekfac"], "tikhonov": RULED["tikhonov"]}
 SILENT = {name: method for name, method in EVERY.items() if name not in EIGEN}
 SILENT |= {"nkfac": NKFAC, "window": SKFAC} | {rule: RULED[rule] for rule in ("sqrt", "full", "relative")}
 STAGGERED = [
-    pytest.param(SILENT[name], "staggered", id=f"{name}-staggered") for name in ("kfac", "nkfac", "window")
+    pytest.param(SILENT[name], "staggered", id=f"{name}-staggered")
+    for name in ("kfac", "kfc", "nkfac", "sqrt", "full", "window")
 ]
 
 

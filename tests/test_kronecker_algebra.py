@@ -47,11 +47,22 @@ def decomposition(a: Tensor, g: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return {"A_basis": eigen.bases[0], "G_basis": eigen.bases[1]}, outer(eigen.values[1], eigen.values[0])
 
 
-def test_k1_two_sided_products_are_those_with_the_kronecker_product() -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_k1_two_sided_products_are_those_with_the_kronecker_product(transposed: bool) -> None:
     (a, g), x = pair(), gradient()
     dense = torch.kron(g[0], a[0]) @ x.flatten()
-    assert error(two_sided(g, x, a).flatten(), dense) < 1e-12
-    assert error(two_sided(g, x, a + torch.triu(a)).flatten(), dense) > 1e-2
+    x = x.mT.contiguous().mT if transposed else x
+    found = two_sided(g, x, a)
+    assert error(found.flatten(), dense) < 1e-12
+    assert found.stride() == x.stride()
+    for other in (a + torch.triu(a), a.diagonal(dim1=1, dim2=2)[0]):
+        columns = other[0].mT.contiguous() if other.dim() == 3 else other.diag()
+        expected = torch.kron(g[0], columns) @ x.flatten()
+        assert error(two_sided(g, x, other).flatten(), expected) < 1e-12
+        assert error(two_sided(g, x, other).flatten(), dense) > 1e-2
+    lopsided = g + torch.triu(g)
+    expected = torch.kron(lopsided[0].contiguous(), a[0]) @ x.flatten()
+    assert error(two_sided(lopsided, x, a).flatten(), expected) < 1e-12
 
 
 def test_k2_the_trace_is_the_product_of_both_mean_eigenvalues() -> None:

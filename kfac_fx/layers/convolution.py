@@ -17,12 +17,12 @@ from torch.fx import Node
 
 from kfac_fx.errors import Reason
 from kfac_fx.forms import choose
-from kfac_fx.gram import patches
 from kfac_fx.graph import aten, getitem_source, is_op, shape, value
 from kfac_fx.layers.kind import Facts, Product
 from kfac_fx.layout import Geometry, Permute, View
 from kfac_fx.types import Use
 from kfac_fx.walk import Term
+from kfac_fx.windows import patches
 
 
 @final

@@ -231,10 +231,17 @@ class SKFAC(KroneckerFactored):
                     statistics=side.statistics_flops(match),
                     refresh=side.refresh_flops,
                     apply=side.apply_flops,
-                    form=f"{side.form} inverse of rows" if side.thin else None,
+                    form=_form(side, match),
                     columns=side.columns if side.thin else None,
                 ),
                 dim=side.dim,
             )
             for side in self.sides(match)
         )
+
+
+def _form(side: Side, match: LayerMatch) -> str | None:
+    """How this side is computed, in words; None: as the second moments of other methods are."""
+    if side.thin:
+        return f"{side.form} inverse of rows"
+    return None if match.uses[0].geometry is None else "rows^T rows"
