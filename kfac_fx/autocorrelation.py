@@ -26,7 +26,7 @@ from kfac_fx.forms import product_chunks
 from kfac_fx.gram import InputMoment, InputRows, gram, moment_of_rows, statistics_dtype
 from kfac_fx.graph import constant
 from kfac_fx.lags import lags_by_convolution, lags_by_products, lags_by_transform
-from kfac_fx.layout import Geometry, along, lines_beyond, phase_geometry
+from kfac_fx.layout import Geometry, along, lines_beyond, output_sizes, phase_geometry
 from kfac_fx.shifts import moment_by_shifts
 from kfac_fx.windows import patch_parts, position_sums
 
@@ -174,6 +174,9 @@ def polyphase(x: Tensor, geometry: Geometry, lags: Lags) -> Tensor:
     geometry = replace(geometry, space=tuple(x.shape[2:]))
     small = phase_geometry(geometry)
     sides: list[int] = []
+    for axis, outputs in enumerate(output_sizes(geometry)):  # pixels that no output reads go
+        read = (outputs - 1) * geometry.stride[axis] + geometry.kernel[axis] - geometry.padding[axis]
+        x = x.narrow(2 + axis, 0, min(read, x.shape[2 + axis]))
     for axis in reversed(range(rank)):
         before = geometry.padding[axis]
         sides += [before, small.space[axis] * geometry.stride[axis] - x.shape[2 + axis] - before]

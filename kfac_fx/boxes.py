@@ -105,21 +105,31 @@ def _pairs_of_transposed(geometry: Geometry, axis: int) -> dict[tuple[int, int],
     return found
 
 
-def _hulls(lines: Iterable[Line], stride: int) -> dict[tuple[int, int], Line]:
-    """The line that covers all of one shift and one phase: by both."""
-    found: dict[tuple[int, int], Line] = {}
-    for shift, first, count in lines:
-        if count:
-            place = shift, first % stride
-            _, start, num = found.get(place, (shift, first, count))
-            least, stop = min(start, first), max(start + stride * num, first + stride * count)
-            found[place] = shift, least, (stop - least) // stride
+def _hulls(lines: Iterable[Line], step: int) -> dict[Line, Line]:
+    """Of every line, the line that covers it and all that it touches, of its shift and phase.
+
+    What lies between lines that do not touch is read by no tap, and must not matter.
+    """
+    found: dict[Line, Line] = {}
+    together: list[Line] = []
+    filled = {line for line in lines if line[2]}
+    for line in sorted(filled, key=lambda line: (line[0], line[1] % step, line[1])):
+        near = together and line[0] == together[0][0] and line[1] <= _stop(together, step)
+        alike = near and (line[1] - together[0][1]) % step == 0
+        together = [*together, line] if alike else [line]
+        shift, first, _ = together[0]
+        found |= dict.fromkeys(together, (shift, first, (_stop(together, step) - first) // step))
     return found
+
+
+def _stop(lines: Iterable[Line], step: int) -> int:
+    """One step behind the last pixel of all."""
+    return max(first + step * count for _, first, count in lines)
 
 
 def _explain(
     box: Box,
-    hulls: list[dict[tuple[int, int], Line]],
+    hulls: list[dict[Line, Line]],
     steps: tuple[int, ...],
     found: dict[Box, tuple[Box, ...]],
 ) -> None:
@@ -129,7 +139,7 @@ def _explain(
     parts: tuple[Box, ...] = ()
     for axis, (line, step) in enumerate(zip(box.lines, steps, strict=True)):
         shift, first, count = line
-        _, start, num = hulls[axis][shift, first % step]
+        _, start, num = hulls[axis].get(line, line)
         before, after = (first - start) // step, num - count - (first - start) // step
         if 0 < before + after < count:
             slabs = ((shift, start, before), (shift, first + step * count, after))

@@ -17,6 +17,7 @@ from kfac_fx.estimates import (
     RATES,
     Cost,
     Form,
+    Rates,
     expansion,
     num_frequencies,
     num_sources,
@@ -25,7 +26,7 @@ from kfac_fx.estimates import (
     of_shifts,
     periods_without_wrap,
 )
-from kfac_fx.layout import Geometry, phase_geometry
+from kfac_fx.layout import Geometry, output_sizes, phase_geometry
 
 Case = tuple[Geometry, int, int, str]  # geometry, examples, channels of all groups, type of device
 LARGEST_PATCHES = 2.5
@@ -99,24 +100,38 @@ def costs(geometry: Geometry, *, examples: int, channels: int, device: str = "cp
     if math.prod(geometry.kernel) == 1 and not geometry.transposed:
         return [of_rows("pixels", geometry, examples, channels, rates)]
     patches = of_rows("patches", geometry, examples, channels, rates)
-    strided = max(geometry.stride) > 1
     fits = patch_chunks(geometry) <= max(examples, 1)
     shifts = of_shifts(geometry, examples, channels, rates)
-    if geometry.transposed or (strided and max(geometry.dilation) > 1):
+    if geometry.transposed or (max(geometry.stride) > 1 and max(geometry.dilation) > 1):
         return [patches, *shifts] if fits or not shifts else shifts
-    phases = 0.0  # pixels are padded, then sorted by their phase
-    if strided:
-        channels, geometry = channels * math.prod(geometry.stride), phase_geometry(geometry)
-        phases = 2 * examples * channels * math.prod(geometry.space) * rates.move
-    forms: tuple[Form, ...] = ("products",) if len(geometry.kernel) == 1 else ("transform", "convolution")
-    found = [of_autocorrelation(form, geometry, examples, channels, rates) for form in forms]
-    found = [replace(cost, time=cost.time + phases) for cost in found]
-    if num_sources(geometry) * math.prod(geometry.kernel) ** 2 > _LARGEST_TABLE:
-        found = []
-    elif transform_chunks(geometry, examples, channels) > _MOST_CHUNKS:
-        found = [cost for cost in found if cost.form != "transform"]
-    found += shifts
+    found = [*_autocorrelations(geometry, examples, channels, rates), *shifts]
     return [patches, *found] if fits or not found else found
+
+
+def _autocorrelations(geometry: Geometry, examples: int, channels: int, rates: Rates) -> list[Cost]:
+    """Those forms that are possible: they read each pixel of the image, so each must be in some patch."""
+    pixels, image, phases = math.prod(geometry.space), geometry, 0.0
+    if max(geometry.stride) > 1:  # pixels are padded, then sorted by their phase
+        image = phase_geometry(geometry)
+        per_pixel = math.prod(geometry.stride) * math.prod(image.space) / pixels
+        phases = 2 * examples * channels * per_pixel * pixels * rates.move
+        if per_pixel > LARGEST_PATCHES:
+            return []
+        channels *= math.prod(geometry.stride)
+    apart = zip(output_sizes(image), image.dilation, image.kernel, strict=True)
+    large = num_sources(image) * math.prod(image.kernel) ** 2 > _LARGEST_TABLE
+    if large or any(outputs < dilation and kernel > 1 for outputs, dilation, kernel in apart):
+        return []
+    periods = periods_without_wrap(image)
+    wide = [period / size for period, size in zip(periods, image.space, strict=True)]
+    fits: dict[Form, bool] = {
+        "products": 2 * wide[0] - 1 <= LARGEST_PATCHES * product_chunks(image, examples, 1.0),
+        "transform": transform_chunks(image, examples, channels) <= _MOST_CHUNKS,
+        "convolution": wide[0] <= LARGEST_PATCHES,
+    }
+    forms: tuple[Form, ...] = ("products",) if len(image.kernel) == 1 else ("transform", "convolution")
+    found = [of_autocorrelation(form, image, examples, channels, rates) for form in forms if fits[form]]
+    return [replace(cost, time=cost.time + phases) for cost in found]
 
 
 def patch_chunks(geometry: Geometry) -> int:

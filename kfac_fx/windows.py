@@ -33,11 +33,10 @@ def patches(x: Tensor, geometry: Geometry) -> Tensor:
     """
     if geometry.transposed:
         x, geometry = upsampled(x, geometry)
-    x = _padded(x, geometry)
-    return _patches_of_padded(x, geometry)
-
-
-def _patches_of_padded(x: Tensor, geometry: Geometry) -> Tensor:
+    elif _mostly_padding(x, geometry):
+        return _by_taps(x, geometry, 0, positions_of(geometry, tuple(x.shape[2:]))[0])
+    elif any(geometry.padding):
+        x = F.pad(x, [side for p in reversed(geometry.padding) for side in (p, p)])
     space = len(geometry.kernel)
     for axis in range(space):
         kernel, dilation = geometry.kernel[axis], geometry.dilation[axis]
@@ -46,11 +45,56 @@ def _patches_of_padded(x: Tensor, geometry: Geometry) -> Tensor:
     x = x[index]  # [N, C, *T, *K]
     if geometry.transposed:
         x = x.flip(tuple(range(-space, 0)))
-    groups, volume = geometry.groups, math.prod(geometry.kernel)
+    return _as_rows(x, geometry)
+
+
+def _as_rows(x: Tensor, geometry: Geometry) -> Tensor:
+    """[N, C, *T, *K] -> [groups, N, T, C/groups * K]."""
+    space, groups, volume = len(geometry.kernel), geometry.groups, math.prod(geometry.kernel)
     num, channels, positions = x.shape[0], x.shape[1] // groups, math.prod(x.shape[2 : 2 + space])
     x = x.unflatten(1, (groups, channels))  # a view still: the one copy is the last reshape
     t, k = range(3, 3 + space), range(3 + space, 3 + 2 * space)
     return x.permute(1, 0, *t, 2, *k).reshape(groups, num, positions, channels * volume)
+
+
+def _mostly_padding(x: Tensor, geometry: Geometry) -> bool:
+    """Whether the padded image is larger than all patches."""
+    space = tuple(x.shape[2:])
+    padded = (size + 2 * p for size, p in zip(space, geometry.padding, strict=True))
+    outputs = positions_of(geometry, space)
+    return math.prod(padded) > math.prod(outputs) * math.prod(geometry.kernel)
+
+
+def _by_taps(x: Tensor, geometry: Geometry, start: int, count: int) -> Tensor:
+    """Patches of some lines of outputs, tap by tap: the padding of what they read is all that is padded."""
+    outputs = positions_of(geometry, tuple(x.shape[2:]))
+    for axis, kernel in enumerate(geometry.kernel):
+        begin, num = (start, count) if axis == 0 else (0, outputs[axis])
+        taps = [_read(x, geometry, axis, tap=tap, start=begin, count=num) for tap in range(kernel)]
+        x = torch.stack(taps, -1)
+    return _as_rows(x, geometry)
+
+
+def _read(x: Tensor, geometry: Geometry, axis: int, *, tap: int, start: int, count: int) -> Tensor:
+    """What a tap reads for `count` outputs along an axis, zeros beside the image: [..., count, ...]."""
+    inside, before = _inside(x, geometry, axis, dim=2 + axis, tap=tap, start=start, count=count)
+    after = count - before - inside.shape[2 + axis]
+    return F.pad(inside, [0, 0] * (x.dim() - 3 - axis) + [before, after]) if before or after else inside
+
+
+def _inside(
+    x: Tensor, geometry: Geometry, axis: int, *, dim: int, tap: int, start: int, count: int
+) -> tuple[Tensor, int]:
+    """The pixels that a tap reads along an axis, which is `dim` of x; how many outputs before read none."""
+    stride, size = geometry.stride[axis], x.shape[dim]
+    begin = geometry.dilation[axis] * tap - geometry.padding[axis] + stride * start
+    first = min(count, max(0, -(begin // stride)))
+    last = min(count - 1, (size - 1 - begin) // stride)
+    if first > last:
+        return x.narrow(dim, 0, 0), first
+    return x[
+        (slice(None),) * dim + (slice(begin + stride * first, begin + stride * last + 1, stride),)
+    ], first
 
 
 def upsampled(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
@@ -102,24 +146,11 @@ def patches_by_lines(x: Tensor, geometry: Geometry, parts: int) -> Iterator[tupl
         yield slice(0, outputs * math.prod(others)), patches(x, geometry)
         return
     lines = max(1, outputs // parts)
-    read = _lines_of_transposed if geometry.transposed else _lines
-    if not geometry.transposed:
-        x, geometry = _padded(x, geometry), replace(geometry, padding=(0,) * len(geometry.padding))
+    read = _lines_of_transposed if geometry.transposed else _by_taps
     for start in range(0, outputs, lines):
         count = min(lines, outputs - start)
         positions = slice(start * math.prod(others), (start + count) * math.prod(others))
         yield positions, read(x, geometry, start, count)
-
-
-def _lines(x: Tensor, geometry: Geometry, start: int, count: int) -> Tensor:
-    """Patches of some lines of outputs; nothing is padded."""
-    length = (count - 1) * geometry.stride[0] + _reach(geometry, 0) + 1
-    return patches(x.narrow(2, start * geometry.stride[0], length), geometry)
-
-
-def _padded(x: Tensor, geometry: Geometry) -> Tensor:
-    sides = [side for p in reversed(geometry.padding) for side in (p, p)]
-    return F.pad(x, sides) if any(sides) else x
 
 
 def _lines_of_transposed(x: Tensor, geometry: Geometry, start: int, count: int) -> Tensor:
@@ -174,13 +205,10 @@ def window_sums(x: Tensor, geometry: Geometry) -> Tensor:
     """Patches summed over the kernel, one axis after the other: [N, C, *space] -> [N, C, T]."""
     if geometry.transposed:
         x, geometry = upsampled(x, geometry)
-    x = _padded(x, geometry)
-    for axis, taps in enumerate(geometry.kernel):
-        dim, stride, dilation = 2 + axis, geometry.stride[axis], geometry.dilation[axis]
-        length = x.shape[dim] - dilation * (taps - 1)
-        every = (slice(None),) * dim + (slice(None, None, stride),)
-        read = (x.narrow(dim, dilation * tap, length)[every] for tap in range(taps))
-        x = functools.reduce(torch.add, read)
+    outputs = output_sizes(replace(geometry, transposed=False, space=tuple(x.shape[2:])))
+    for axis, kernel in enumerate(geometry.kernel):
+        taps = (_read(x, geometry, axis, tap=tap, start=0, count=outputs[axis]) for tap in range(kernel))
+        x = functools.reduce(torch.add, taps)
     return x.flatten(2)
 
 
@@ -195,17 +223,12 @@ def position_sums(x: Tensor, geometry: Geometry, *, ones: bool) -> PositionSums:
 
 def _box(x: Tensor, geometry: Geometry, axis: int, tap: int, count: int) -> Tensor:
     """Sum over the pixels that one tap reads along the third axis of x, which is the geometry's `axis`."""
-    stride, size = geometry.stride[axis], x.shape[2]
-    start = geometry.dilation[axis] * tap - geometry.padding[axis]
     if geometry.transposed:  # pixel i is read by output stride * i + start
+        stride, size = geometry.stride[axis], x.shape[2]
+        start = geometry.dilation[axis] * tap - geometry.padding[axis]
         first, last = max(0, -(start // stride)), min(size - 1, (count - 1 - start) // stride)
         return x[:, :, first : max(last + 1, first)].sum(2)
-    first = max(0, -(start // stride))  # the first output whose pixel is inside
-    last = min(count - 1, (size - 1 - start) // stride)
-    inside = (
-        x[:, :, start + stride * first : start + stride * last + 1 : stride] if first <= last else x[:, :, :0]
-    )
-    return inside.sum(2)
+    return _inside(x, geometry, axis, dim=2, tap=tap, start=0, count=count)[0].sum(2)
 
 
 def _reach(geometry: Geometry, axis: int) -> int:

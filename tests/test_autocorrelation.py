@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +22,17 @@ from kfac_fx.windows import position_sums
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def line(kernel: int, *, stride: int, padding: int, dilation: int, size: int) -> Geometry:
+    return Geometry(
+        kernel=(kernel,),
+        stride=(stride,),
+        padding=(padding,),
+        dilation=(dilation,),
+        groups=1,
+        space=(size,),
+    )
 
 
 def copied_patches(x: Tensor, geometry: Geometry) -> Tensor:
@@ -131,6 +142,27 @@ def test_every_form_of_every_geometry_gives_the_gram_matrix_of_the_patches(
     for cost in costs(geometry, examples=examples, channels=channels):
         moment = patch_moment(x, geometry, cost.form)
         assert (moment - rows.mT @ rows).abs().max() <= 1e-12 * (x * x).sum(), cost.form
+
+
+def read_pixels(geometry: Geometry) -> Tensor:
+    """Whether some patch holds the pixel: [*space]."""
+    pixels = torch.arange(1.0, math.prod(geometry.space) + 1, dtype=torch.float64).reshape(geometry.space)
+    image = pixels.expand(1, geometry.groups, *geometry.space)
+    copied = copied_patches_of_transposed if geometry.transposed else copied_patches
+    return torch.isin(pixels, copied(image, geometry))
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(st.one_of(convolutions(), transposed_convolutions()))
+@example((line(3, stride=1, padding=9, dilation=13, size=20), 2, 2))
+@example((line(5, stride=3, padding=6, dilation=4, size=13), 2, 2))
+def test_what_no_patch_reads_does_not_matter(case: tuple[Geometry, int, int]) -> None:
+    geometry, examples, channels = case
+    x = torch.randn(examples, channels, *geometry.space, dtype=torch.float64)
+    for cost in costs(geometry, examples=examples, channels=channels):
+        moment = patch_moment(x, geometry, cost.form)
+        wild = patch_moment(x.masked_fill(~read_pixels(geometry), torch.nan), geometry, cost.form)
+        torch.testing.assert_close(wild, moment, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 3)])

@@ -32,6 +32,7 @@ from tests.test_statistics_memory import made
 pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
 
 METHODS = {
+    "kfac": "kfac",
     "ekfac": "ekfac",
     "diagonal": "diagonal",
     "reduce": "skfac",
@@ -79,15 +80,28 @@ def volumes() -> nn.Sequential:
     return nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv3d(4, 4, 3, padding=1))
 
 
+def dilated() -> nn.Sequential:
+    """A branch of an atrous pyramid: the padding is larger than the image."""
+    return nn.Sequential(nn.Conv2d(8, 8, 3, padding=30, dilation=30), nn.ReLU(), nn.Conv2d(8, 5, 1))
+
+
+def sparse() -> nn.Sequential:
+    wide = nn.Conv2d(2, 5, 3, stride=5, padding=30)
+    return nn.Sequential(wide, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
     "segmentation": (segmentation, (8, 3, 32, 32), (8, 32, 32)),
     "two large images": (segmentation, (2, 3, 32, 32), (2, 32, 32)),
     "stem": (stem, (16, 3, 32, 32), (16,)),
+    "dilated": (dilated, (1, 8, 27, 27), (1, 27, 27)),
+    "sparse": (sparse, (8, 2, 24, 24), (8,)),
     "two volumes": (volumes, (2, 2, 10, 10, 10), (2, 10, 10, 10)),
 }
 CASES = [("two large images", method, {}) for method in METHODS]
 CASES += [(model, method, {}) for model in ("segmentation", "stem") for method in FEW]
 CASES += [("two volumes", "diagonal", {})]
+CASES += [(model, method, {}) for model in ("dilated", "sparse") for method in ("kfac", *FEW)]
 CASES += [("stem", method, {"fisher": "type2"}) for method in ("diagonal", "receptive field")]
 CASES += [("segmentation", "diagonal", {"fisher": "mc"})]
 
