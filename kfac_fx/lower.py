@@ -1,4 +1,4 @@
-"""Graph -> callable: eager fx code or torch.compile, on CUDA with CUDA graphs and what was inserted in full
+"""Graph -> callable: eager fx code, or torch.compile, on CUDA with CUDA graphs and what was inserted in full
 float32; and what must be saved before a step that may fail.
 """
 
@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from kfac_fx import editing, precision
 from kfac_fx import graph as fxgraph
 from kfac_fx.errors import check_choice
+from kfac_fx.reuse import with_reuse
 from kfac_fx.walk import base
 
 BACKENDS = ("auto", "eager", "inductor", "inductor-no-cudagraphs")
@@ -49,7 +50,7 @@ def lower(module: GraphModule, backend: str) -> Callee:
     device = fxgraph.value(module.graph.output_node().all_input_nodes[0]).device
     mode = compile_mode(backend, device)
     module = with_full_float32(module) if device.type == "cuda" else module
-    run = module if mode is None else compiled(module, mode)
+    run = with_reuse(module) if mode is None else compiled(module, mode)
     if uses_cuda_graphs(backend, device):
         run = _owning(run, mutated_placeholders(module))
 

@@ -15,7 +15,8 @@ those of its phases.
     step_time.py                       both ResNet-20 and both transformers: about 20 minutes on two cores
     step_time.py --period              as many steps as nkfac's period has (200): "slowest" has seen them all
     step_time.py --refresh staggered   inverses spread over the period
-    step_time.py --scaling             ResNet-20 of widths 16, 32, 64 and of batches 32, 64, 128; with a plot
+    step_time.py --scaling             ResNet-20 of widths 16, 32, 64 and of batches 32, 64, 128; with a plot;
+                                       with --without-hooks about 15 minutes
 
 Saves step_time.json (scaling.json, scaling.png) in build/benchmarks. `--threads` is torch's number of threads
 (default 2).
@@ -151,7 +152,8 @@ class Hooked:
 def measure(task: Task, options: argparse.Namespace, say: Callable[[str], Any]) -> BenchReport:
     """The report of one task."""
     every = {"statistics_every": task.statistics_every, "inverse_every": task.inverse_every}
-    extra: dict[str, Make] = {"hooks": lambda model: Hooked(model, task)} if task.hooked else {}
+    hooked = task.hooked and not options.without_hooks
+    extra: dict[str, Make] = {"hooks": lambda model: Hooked(model, task)} if hooked else {}
     return bench(
         task.model,
         task.loss_fn,
@@ -217,6 +219,9 @@ def main() -> None:
     parser.add_argument("--period", action="store_true", help="as many steps as the longest period has")
     parser.add_argument("--refresh", choices=("together", "staggered"), default="together")
     parser.add_argument("--peers", action="store_true", help="singd and asdfghjkl too, where installed")
+    parser.add_argument(
+        "--without-hooks", action="store_true", help="leave out K-FAC by hooks, which takes longest"
+    )
     parser.add_argument("--scaling", action="store_true", help="widths and batches of ResNet-20")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--backend", default="auto")
