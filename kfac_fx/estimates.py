@@ -98,7 +98,8 @@ def of_shifts(geometry: Geometry, examples: int, channels: int, rates: Rates) ->
         return []
     pixels = examples * sum(box.size for box in boxes)
     flops = 2 * pixels * entries
-    moved = (pixels + examples * math.prod(geometry.space)) * channels * rates.move  # boxes lie in order
+    image = examples * math.prod(geometry.space)
+    moved = (1.25 * pixels + image) * channels * rates.move  # boxes lie in order, one or two copies
     written = (2 * volume**2 + 2 * sums) * entries * rates.write / 2
     calls = len(boxes) * geometry.groups * rates.call
     time = flops / rates.fast + moved + written + calls + rates.many * len(boxes) / 10

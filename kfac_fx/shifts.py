@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kfac_fx.boxes import Box, recipe
-from kfac_fx.gram import gram
 from kfac_fx.layout import Geometry
 
 
@@ -39,7 +38,8 @@ def moment_by_shifts(x: Tensor, geometry: Geometry) -> Tensor:
 def _product(pixels: Tensor, box: Box, steps: tuple[int, ...]) -> Tensor:
     """Sum over the pixels of a box, each times its partner. [groups, *space, N, C] -> [groups, C, C]."""
     left = _rows(pixels, box, steps, moved=False)
-    return gram(left) if box.centred else left.mT @ _rows(pixels, box, steps, moved=True)
+    right = left if box.centred else _rows(pixels, box, steps, moved=True)
+    return left.mT @ right
 
 
 def _rows(pixels: Tensor, box: Box, steps: tuple[int, ...], *, moved: bool) -> Tensor:
