@@ -20,16 +20,10 @@ from kfac_fx.windows import positions_of, upsampled, window_sums
 _BITS = 2**31 - 1
 
 
-def input_rows(uses: Sequence[InputRows], *, bias: bool, positions: Sequence[Tensor] | None = None) -> Tensor:
-    """X with X^T X = A of `gram.input_moment`: [groups, m, d(+1)], m = N T summed over the uses.
-
-    With `positions` (one index tensor per use) only those positions are kept and the weight is that of as
-    many examples, so that the average over all choices of positions is A.
-    """
+def input_rows(uses: Sequence[InputRows], *, bias: bool) -> Tensor:
+    """X with X^T X = A of `gram.input_moment`: [groups, m, d(+1)], m = N T summed over the uses."""
     totals = [use.rows.shape[2] for use in uses]
     count = total_count([(use.rows.shape[1] * use.rows.shape[2], use.kept) for use in uses])
-    if positions is not None:
-        uses = [at_positions(use, index) for use, index in zip(uses, positions, strict=True)]
     return weighted_rows(uses, totals, count, bias=bias)
 
 
@@ -38,7 +32,8 @@ def weighted_rows(
 ) -> Tensor:
     """Rows of some positions that stand for all: [groups, m, d(+1)].
 
-    totals: T of each use. count: `total_count` of all rows.
+    Their weight is that of as many examples, so that the average over all choices of positions is A. totals:
+    T of each use. count: `total_count` of all rows.
     """
     extended = [
         with_ones(use, bias=bias) * (total / use.rows.shape[2]) ** 0.5

@@ -146,9 +146,18 @@ def test_a_window_of_d_rows_becomes_the_average_of_all_its_batches(
     assert torch.equal(after, kept) and torch.equal(same, weights)
 
 
+def drawn_rows(uses: list[InputRows], positions: Tensor) -> Tensor:
+    """Of A with a bias, from the same positions of every use."""
+    totals = [use.rows.shape[2] for use in uses]
+    count = rows.total_count(
+        [(use.rows.shape[1] * total, use.kept) for use, total in zip(uses, totals, strict=True)]
+    )
+    return rows.weighted_rows([rows.at_positions(use, positions) for use in uses], totals, count, bias=True)
+
+
 def test_w6_all_positions_give_the_dense_expand_factor() -> None:
     a = draw(2, 4, 5, 3)
-    x = rows.input_rows([InputRows(rows=a, ones=True)], bias=True, positions=[torch.arange(5)])
+    x = drawn_rows([InputRows(rows=a, ones=True)], torch.arange(5))
     whole = torch.cat([a, torch.ones_like(a[..., :1])], -1).flatten(1, 2)
     assert relative_error(x.mT @ x, torch.einsum("gni,gnj->gij", whole, whole) / 20) < TOLERANCE
 
@@ -160,7 +169,7 @@ def test_w8_the_mean_over_all_choices_of_positions_is_the_expand_factor() -> Non
     uses = [InputRows(rows=a, ones=True)]
     found_a, found_g = 0.0, 0.0
     for choice in choices:
-        x = rows.input_rows(uses, bias=True, positions=[choice])[0]
+        x = drawn_rows(uses, choice)[0]
         y = rows.output_rows([g], terms, reduced=False, positions=[choice])[0]
         assert x.shape == (8, 4) and y.shape == (8, 2)
         found_a, found_g = found_a + x.T @ x / len(choices), found_g + y.T @ y / len(choices)
