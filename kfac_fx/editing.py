@@ -28,6 +28,11 @@ def copy_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     return GraphModule(module, graph, class_name=type(module).__name__), mapping
 
 
+def is_inserted(node: Node) -> bool:
+    """Whether a pass wrote the node; the others are the user's program."""
+    return str(node.meta.get("kfac_fx", "")).startswith("inserted")
+
+
 def eliminate_dead(
     module: GraphModule, keep: frozenset[Node], placeholders: Iterable[Node] = ()
 ) -> frozenset[Node]:

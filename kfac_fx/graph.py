@@ -234,6 +234,13 @@ def is_mutation(node: Node) -> bool:
     return _is_mutable(node.target)
 
 
+def may_alias(node: Node) -> bool:
+    """Whether the node may return memory of what it reads."""
+    if not isinstance(node.target, torch._ops.OpOverload) or is_op(node, *VIEWS):
+        return True
+    return any(result.alias_info is not None for result in node.target._schema.returns)
+
+
 def _is_mutable(target: object) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 

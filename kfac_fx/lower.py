@@ -14,9 +14,11 @@ from torch.fx import GraphModule, Node
 from kfac_fx import editing, precision
 from kfac_fx import graph as fxgraph
 from kfac_fx.errors import check_choice
+from kfac_fx.placing import with_placing
 from kfac_fx.reuse import with_reuse
 from kfac_fx.walk import base
 
+LEAST_BYTES = 2**18  # of statistics that eager programs lay out; less is not worth the operators
 BACKENDS = ("auto", "eager", "inductor", "inductor-no-cudagraphs")
 
 Callee = Callable[..., Sequence[Tensor]]
@@ -50,7 +52,7 @@ def lower(module: GraphModule, backend: str) -> Callee:
     device = fxgraph.value(module.graph.output_node().all_input_nodes[0]).device
     mode = compile_mode(backend, device)
     module = with_full_float32(module) if device.type == "cuda" else module
-    run = with_reuse(module) if mode is None else compiled(module, mode)
+    run = _eager(module) if mode is None else compiled(module, mode)
     if uses_cuda_graphs(backend, device):
         run = _owning(run, mutated_placeholders(module))
 
@@ -59,6 +61,11 @@ def lower(module: GraphModule, backend: str) -> Callee:
             return run(*tensors)
 
     return call
+
+
+def _eager(module: GraphModule) -> Callee:
+    """As it is written, but for large statistics: these use memory again and are computed where they stay."""
+    return with_placing(with_reuse(module, least_bytes=LEAST_BYTES), least_bytes=LEAST_BYTES)
 
 
 def compiled(module: GraphModule, mode: str) -> Callee:
@@ -93,7 +100,7 @@ def with_full_float32(module: GraphModule) -> GraphModule:
     """
     changed, _ = editing.copy_module(module)
     for node in changed.graph.nodes:
-        if not str(node.meta.get("kfac_fx", "")).startswith("inserted"):
+        if not editing.is_inserted(node):
             continue
         if node.target in precision.OPERATORS and fxgraph.value(node).dtype == torch.float32:
             node.target = precision.OPERATORS[node.target]

@@ -12,10 +12,9 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from kfac_fx import editing
+from kfac_fx.editing import copy_module, is_inserted
 from kfac_fx.graph import aten, is_op, value
 
-LEAST_BYTES = 2**18  # of a result; below, programs stay as they are written
 _WRITES_INTO: Mapping[Any, Any] = {
     aten.add.Tensor: aten.add.out,
     aten.sub.Tensor: aten.sub.out,
@@ -45,40 +44,36 @@ _READS = (
 )
 
 
-def with_reuse(module: GraphModule) -> GraphModule:
+def with_reuse(module: GraphModule, *, least_bytes: int) -> GraphModule:
     """The program, in which large inserted elementwise operators write into an operand that ends with them.
 
-    As it is where there is none of `LEAST_BYTES`.
+    least_bytes: of a result; smaller ones stay as they are, and so does a program without large ones.
     """
-    if not any(True for _ in _reusing(module)):
+    if not any(True for _ in _reusing(module, least_bytes)):
         return module
-    changed, _ = editing.copy_module(module)
-    for node, operand in _reusing(changed):
+    changed, _ = copy_module(module)
+    for node, operand in _reusing(changed, least_bytes):
         node.target = _WRITES_INTO[node.target]
         node.kwargs = {**node.kwargs, "out": operand}
     changed.recompile()
     return changed
 
 
-def _reusing(module: GraphModule) -> Iterator[tuple[Node, Node]]:
+def _reusing(module: GraphModule, least_bytes: int) -> Iterator[tuple[Node, Node]]:
     """Operators and the operand that each may write into."""
     place = {node: index for index, node in enumerate(module.graph.nodes)}
     for node in module.graph.nodes:
-        if is_op(node, *_WRITES_INTO) and _inserted(node) and value(node).nbytes >= LEAST_BYTES:
+        if is_op(node, *_WRITES_INTO) and is_inserted(node) and value(node).nbytes >= least_bytes:
             ending = next(_ending(node, place), None)
             if ending is not None:
                 yield node, ending
-
-
-def _inserted(node: Node) -> bool:
-    return str(node.meta.get("kfac_fx", "")).startswith("inserted")
 
 
 def _ending(node: Node, place: Mapping[Node, int]) -> Iterator[Node]:
     """Operands of the node's own size that are fresh memory and that it is the last to read."""
     result = value(node)
     for operand in node.all_input_nodes:
-        if not (_inserted(operand) and _is_fresh(operand)):
+        if not (is_inserted(operand) and _is_fresh(operand)):
             continue
         mine = value(operand)
         alike = mine.shape == result.shape and mine.dtype == result.dtype and mine.device == result.device

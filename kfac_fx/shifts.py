@@ -32,8 +32,8 @@ def moment_by_shifts(x: Tensor, geometry: Geometry) -> Tensor:
     for i in range(volume):
         mirrored = [moments[found.pairs[j, i]].mT for j in range(i)]
         line = [*mirrored, *(moments[found.pairs[i, j]] for j in range(i, volume))]
-        lines.append(torch.stack(line, -1).flatten(2))
-    return torch.cat(lines, 2).unflatten(2, (volume, -1)).flatten(1, 2)
+        lines.append(torch.stack(line, -1))
+    return torch.stack(lines, 2).flatten(3).flatten(1, 2)
 
 
 def _product(pixels: Tensor, box: Box, steps: tuple[int, ...]) -> Tensor:

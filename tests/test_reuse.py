@@ -1,4 +1,4 @@
-"""Memory that nobody reads again is written into, no other, and no bit changes."""
+"""Memory that nobody reads again is written into, no other, and no bit changes (by `placing` neither)."""
 
 from typing import Any
 
@@ -10,18 +10,13 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn import functional as F
 
 import kfac_fx
-from kfac_fx import reuse
+from kfac_fx import lower, reuse
 from kfac_fx.instrument import instrument
 from kfac_fx.methods import METHODS
 from tests.training import differing, snapshot, twin
 
 pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
 aten = torch.ops.aten
-
-
-@pytest.fixture
-def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reuse, "LEAST_BYTES", 0)
 
 
 def net() -> nn.Module:
@@ -78,7 +73,6 @@ def of_another_size(x: Tensor, old: Tensor) -> Tensor:
     return aten.mul.Tensor(aten.sum.dim_IntList(aten.mm.default(x, x), [0], True), old)
 
 
-@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
@@ -93,7 +87,7 @@ def test_memory_that_ends_is_written_into_and_no_other(function: Any, expected: 
     torch.manual_seed(0)
     x, old = torch.randn(4, 4), torch.randn(4, 4)
     module = program(function, x, old)
-    changed = reuse.with_reuse(module)
+    changed = reuse.with_reuse(module, least_bytes=0)
     assert into(changed) == expected and not into(module)
     before = x.clone(), old.clone()
     torch.testing.assert_close(changed(x, old), function(x, old), rtol=0, atol=0)
@@ -101,12 +95,14 @@ def test_memory_that_ends_is_written_into_and_no_other(function: Any, expected: 
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_bit_of_a_training_changes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bit_of_a_training_changes_by_how_memory_is_laid_out(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model, batches = net(), [(torch.randn(6, 2, 5, 5), torch.randint(3, (6,))) for _ in range(4)]
     other, snapshots = twin(model), []
     for least, own in ((0, model), (2**40, other)):
-        monkeypatch.setattr(reuse, "LEAST_BYTES", least)
+        monkeypatch.setattr(lower, "LEAST_BYTES", least)
         every = {"statistics_every": 1} | ({} if METHODS[name].inverse_every == 0 else {"inverse_every": 2})
         step = kfac_fx.compile(own, F.cross_entropy, method=METHODS[name](**every), backend="eager")
         for batch in batches:
@@ -120,6 +116,6 @@ def test_large_factors_are_divided_averaged_and_kept_in_place_and_small_programs
         model, x = nn.Linear(width, 2), torch.randn(5, width)
         plan = kfac_fx.inspect(model, F.mse_loss, x, torch.randn(5, 2), method="kfac")
         module = instrument(plan, "statistics").module
-        changed = reuse.with_reuse(module)
+        changed = reuse.with_reuse(module, least_bytes=lower.LEAST_BYTES)
         assert len(into(changed)) == expected
         assert (changed is module) == (expected == 0)

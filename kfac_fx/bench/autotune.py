@@ -105,7 +105,7 @@ def _program(like: Tensor, geometry: Geometry, form: Form) -> GraphModule:
     def moment(x: Tensor) -> dict[str, Tensor]:
         return {"A": input_moment(x, geometry, form=form, ones=False).moment}
 
-    output.args = (tuple(splice(module, moment, [x], before=output, label=form).values()),)
+    output.args = (tuple(splice(module, moment, [x], before=output, label=f"inserted, {form}").values()),)
     eliminate_dead(module, frozenset())
     return module
 

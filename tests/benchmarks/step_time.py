@@ -12,12 +12,12 @@ turns, every contender with a model of its own. "mean", "slowest" and "median" a
 "amortised" is computed over a period of the schedule from the medians of its kinds of steps, "of phases" from
 those of its phases.
 
-    step_time.py                       resnet20-32, resnet20-16, transformer: about 20 minutes on two cores;
-                                       transformer-words alone takes more than 12
+    step_time.py                       resnet20-32, resnet20-16, transformer: about 20 minutes on two cores
+    step_time.py --task transformer-words --contender kfac --steps 6
     step_time.py --period              as many steps as nkfac's period has (200): "slowest" has seen them all
     step_time.py --refresh staggered   inverses spread over the period
     step_time.py --scaling             ResNet-20 of widths 16, 32, 64 and of batches 32, 64, 128; with a plot;
-                                       with --without-hooks about 15 minutes
+                                       with --contender kfac --contender nkfac about 15 minutes
 
 Saves step_time.json (scaling.json, scaling.png) in build/benchmarks. `--threads` is torch's number of threads
 (default 2).
@@ -105,6 +105,7 @@ TASKS: Mapping[str, Callable[[str], Task]] = {
     "resnet20-32x32": lambda name: images(name, 32, 32),
     "resnet20-32x128": lambda name: images(name, 32, 128),
 }
+CONTENDERS = ("kfac", "nkfac", "hooks")
 DEFAULT = ("resnet20-32", "resnet20-16", "transformer")
 SCALING = {
     "width": {16: "resnet20-16", 32: "resnet20-32", 64: "resnet20-64"},
@@ -153,14 +154,16 @@ class Hooked:
 def measure(task: Task, options: argparse.Namespace, say: Callable[[str], Any]) -> BenchReport:
     """The report of one task."""
     every = {"statistics_every": task.statistics_every, "inverse_every": task.inverse_every}
-    hooked = task.hooked and not options.without_hooks
+    methods = {"kfac": kfac_fx.KFAC(**every), "nkfac": kfac_fx.NKFAC()}
+    wanted = options.contender or CONTENDERS
+    hooked = task.hooked and "hooks" in wanted
     extra: dict[str, Make] = {"hooks": lambda model: Hooked(model, task)} if hooked else {}
     return bench(
         task.model,
         task.loss_fn,
         task.inputs,
         task.targets,
-        methods=[kfac_fx.KFAC(**every), kfac_fx.NKFAC()],
+        methods=[method for name, method in methods.items() if name in wanted],
         steps=None if options.period else options.steps,
         threads=options.threads,
         backend=options.backend,
@@ -221,7 +224,7 @@ def main() -> None:
     parser.add_argument("--refresh", choices=("together", "staggered"), default="together")
     parser.add_argument("--peers", action="store_true", help="singd and asdfghjkl too, where installed")
     parser.add_argument(
-        "--without-hooks", action="store_true", help="leave out K-FAC by hooks, which takes longest"
+        "--contender", choices=CONTENDERS, action="append", help="next to SGD and AdamW; repeatable; else all"
     )
     parser.add_argument("--scaling", action="store_true", help="widths and batches of ResNet-20")
     parser.add_argument("--threads", type=int, default=2)
