@@ -106,7 +106,7 @@ def _lay_out(join: Node, slot: Slot, layout: _Layout, ends: Callable[[Node], boo
             mine.copied.append((part, join, place))
             continue
         nested = is_op(node, *_JOINS) and _lay_out(node, own, mine, ends)
-        if not nested and not is_op(node, *_INTO, aten.clone.default):
+        if not nested and not _writes_to(node, own):
             mine.copied.append((part, join, place))
             continue
         mine.met.add(node)
@@ -148,6 +148,13 @@ def _producer(part: Node, slot: Slot) -> tuple[Node, list[Node], Slot | None]:
         views.append(part)
         part = source
     return part, views, slot
+
+
+def _writes_to(node: Node, slot: Slot) -> bool:
+    """Whether the operator writes there as fast as to memory of its own: a product needs whole rows."""
+    if is_op(node, aten.mm.default):
+        return slot.stride(-1) == 1
+    return is_op(node, *_INTO, aten.clone.default)
 
 
 def _alike(node: Node, join: Node) -> bool:

@@ -88,7 +88,8 @@ class MatchReadings:
         place = next(i for i, own in enumerate(self.uses) if own is values)
         alike = [values, *(uses[place] for uses in self.readers)]
         seen = [self._kind(v.use).output_rows(v.use, g, v.operands) for v in alike for g in v.g]
-        return torch.stack([g_rows.abs().amax((0, -1)) for g_rows in seen]).amax(0) != 0
+        extremes = [extreme for g_rows in seen for extreme in (g_rows.amax((0, -1)), g_rows.amin((0, -1)))]
+        return (torch.stack(extremes) != 0).any(0)
 
     def _scaled(self, values: UseValues, g: Tensor) -> Tensor:
         g_rows = self._kind(values.use).output_rows(values.use, g, values.operands)
