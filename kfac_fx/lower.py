@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from kfac_fx import editing, precision
+from kfac_fx import editing, host, precision
 from kfac_fx import graph as fxgraph
+from kfac_fx.eager import rewritten
 from kfac_fx.errors import check_choice
-from kfac_fx.placing import with_placing
-from kfac_fx.reuse import with_reuse
 from kfac_fx.walk import base
 
-LEAST_BYTES = 2**18  # of statistics that eager programs lay out; less is not worth the operators
 BACKENDS = ("auto", "eager", "inductor", "inductor-no-cudagraphs")
 
 Callee = Callable[..., Sequence[Tensor]]
@@ -52,7 +50,7 @@ def lower(module: GraphModule, backend: str) -> Callee:
     device = fxgraph.value(module.graph.output_node().all_input_nodes[0]).device
     mode = compile_mode(backend, device)
     module = with_full_float32(module) if device.type == "cuda" else module
-    run = _eager(module) if mode is None else compiled(module, mode)
+    run = rewritten(module, reads=not host.waits(device)) if mode is None else compiled(module, mode)
     if uses_cuda_graphs(backend, device):
         run = _owning(run, mutated_placeholders(module))
 
@@ -61,11 +59,6 @@ def lower(module: GraphModule, backend: str) -> Callee:
             return run(*tensors)
 
     return call
-
-
-def _eager(module: GraphModule) -> Callee:
-    """As it is written, but for large statistics: these use memory again and are computed where they stay."""
-    return with_placing(with_reuse(module, least_bytes=LEAST_BYTES), least_bytes=LEAST_BYTES)
 
 
 def compiled(module: GraphModule, mode: str) -> Callee:

@@ -38,7 +38,7 @@ LAYERS = (
     ("capture", "match"),
     ("plan", "functions", "forward", "writer", "places"),
     ("trace", "draft", "curvature", "guards", "quadratic", "levenberg"),
-    ("collect", "placing", "reuse"),
+    ("collect", "eager"),
     ("instrument", "lower", "check", "pending", "adaptive", "optimizer"),
     ("compiled", "progress"),
     ("captures",),

@@ -7,26 +7,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn import functional as F
 
-import kfac_fx
-from kfac_fx import lower, placing
-from kfac_fx.instrument import instrument
+from kfac_fx.eager.placing import place_blocks
+from kfac_fx.editing import copy_module
+from tests.programs import program
 
 aten = torch.ops.aten
 JOINS = (aten.cat.default, aten.stack.default)
 
 
-def program(function: Callable[..., Any], *tensors: Tensor) -> GraphModule:
-    """A program all of whose operators were inserted."""
-    module = make_fx(function, tracing_mode="fake")(*tensors)
-    module.graph.eliminate_dead_code()
-    for node in module.graph.nodes:
-        node.meta["kfac_fx"] = "inserted, for a test"
-    return module
+def placed(module: GraphModule) -> GraphModule:
+    """A copy with all its blocks placed, small ones too."""
+    changed, _ = copy_module(module)
+    place_blocks(changed.graph, lambda node: node.op == "call_function")
+    changed.recompile()
+    return changed
 
 
 def joins(module: GraphModule) -> int:
@@ -123,7 +120,7 @@ def test_blocks_are_placed_where_nobody_reads_them_later(function: Any, left: in
     x, y = torch.randn(2, 4, 4, dtype=torch.float64).unbind()
     module = program(function, x, y)
     before = joins(module)
-    changed = placing.with_placing(module, least_bytes=0)
+    changed = placed(module)
     assert joins(changed) == left and joins(module) == before
     same(module, changed, x, y)
 
@@ -176,39 +173,6 @@ def test_any_matrix_of_joined_blocks_is_the_same(data: st.DataObject) -> None:
         return tuple(matrix / 3 for matrix in whole)
 
     module = program(function, x)
-    changed = placing.with_placing(module, least_bytes=0)
+    changed = placed(module)
     assert joins(changed) <= joins(module)
     same(module, changed, x)
-
-
-def test_factors_of_a_model_are_joined_where_their_blocks_are() -> None:
-    """The border of the bias, halves of symmetric products, lines of shifted images."""
-    torch.manual_seed(0)
-    conv = nn.Conv2d(96, 4, 3, padding=1)
-    model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 600), nn.Tanh(), nn.Linear(600, 3))
-    x, y = torch.randn(64, 96, 4, 4), torch.randint(3, (64,))
-    plan = kfac_fx.inspect(model, F.cross_entropy, x, y, method="kfac")
-    module = instrument(plan, "statistics").module
-    changed = placing.with_placing(module, least_bytes=lower.LEAST_BYTES)
-
-    def large(module: GraphModule) -> list[int]:
-        sizes = [(n.target, n.meta["val"].nbytes) for n in module.graph.nodes if n.target in JOINS]
-        return [size for _, size in sizes if size >= lower.LEAST_BYTES]
-
-    assert "shifts" in str(plan)
-    assert len(large(module)) >= 20 and not large(changed)
-    tensors = [
-        torch.randn(n.meta["val"].shape, dtype=n.meta["val"].dtype).abs()
-        if n.meta["val"].is_floating_point()
-        else torch.randint(3, n.meta["val"].shape)
-        for n in module.graph.find_nodes(op="placeholder")
-    ]
-    for own, other in zip(module(*tensors), changed(*tensors), strict=True):
-        torch.testing.assert_close(own, other)
-
-
-def test_small_programs_stay_as_they_are() -> None:
-    model, x = nn.Linear(8, 2), torch.randn(5, 8)
-    plan = kfac_fx.inspect(model, F.mse_loss, x, torch.randn(5, 2), method="kfac")
-    module = instrument(plan, "statistics").module
-    assert placing.with_placing(module, least_bytes=lower.LEAST_BYTES) is module
