@@ -50,7 +50,8 @@ def lower(module: GraphModule, backend: str) -> Callee:
     device = fxgraph.value(module.graph.output_node().all_input_nodes[0]).device
     mode = compile_mode(backend, device)
     module = with_full_float32(module) if device.type == "cuda" else module
-    run = rewritten(module, reads=not host.waits(device)) if mode is None else compiled(module, mode)
+    reads = device.type == "cpu" and not host.waits(device)
+    run = rewritten(module, reads=reads) if mode is None else compiled(module, mode)
     if uses_cuda_graphs(backend, device):
         run = _owning(run, mutated_placeholders(module))
 

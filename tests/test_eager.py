@@ -16,7 +16,7 @@ from kfac_fx.editing import copy_module
 from kfac_fx.instrument import instrument
 from kfac_fx.methods import METHODS
 from tests.programs import program
-from tests.training import snapshot, twin
+from tests.training import differing, snapshot, twin
 
 pytestmark = pytest.mark.usefixtures("equal_models_share_a_capture")
 aten = torch.ops.aten
@@ -69,9 +69,12 @@ def count(module: GraphModule, *targets: Any, least: int = eager.LEAST_BYTES) ->
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_method_trains_differently(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit, but where products take the average in: there to rounding."""
+@pytest.mark.parametrize("products", [True, False])
+def test_no_method_trains_differently(name: str, products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To rounding; to the bit where averages are not taken in products."""
     torch.manual_seed(0)
+    if not products:
+        monkeypatch.setattr(eager, "average_in_products", lambda graph, is_large: None)
     model, batches = net().double(), [(torch.randn(6, 2, 5, 5), torch.randint(3, (6,))) for _ in range(4)]
     other, snapshots = twin(model), []
     for least, own in ((0, model), (2**40, other)):
@@ -81,11 +84,12 @@ def test_no_method_trains_differently(name: str, monkeypatch: pytest.MonkeyPatch
         for x, y in batches:
             step(x.double(), y)
         snapshots.append(snapshot(own, step))
+    assert products or not differing(*snapshots)
     torch.testing.assert_close(*snapshots, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("reads", [True, False])
-def test_large_factors_are_written_once(reads: bool) -> None:
+def test_large_factors_take_fewer_passes(reads: bool) -> None:
     torch.manual_seed(0)
     module = statistics_program(wide_net(), wide_batch())
     changed = eager.rewritten(module, reads=reads)
@@ -107,12 +111,16 @@ def product(x: Tensor, old: Tensor, share: Tensor) -> Tensor:
     return torch.lerp(old, x.mT @ x, share)
 
 
-def product_of_a_count(x: Tensor, old: Tensor, share: Tensor) -> Tensor:
-    old = old.unsqueeze(0)
-    moment = (x.mT @ x).unsqueeze(0) / 7
-    mixed = torch.lerp(old, moment * share, share)
+def guarded(x: Tensor, s_old: Tensor, share: Tensor) -> Tensor:
+    """As a layer's average is: the name tells that the old one is state."""
+    mixed = torch.lerp(s_old, x.mT @ x / 7 * share, share)
     least, most = torch.aminmax(mixed)
-    return torch.where(torch.isfinite(least) & torch.isfinite(most), mixed, old)
+    return torch.where(torch.isfinite(least) & torch.isfinite(most), mixed, s_old)
+
+
+def of_one_group(x: Tensor, old: Tensor, share: Tensor) -> Tensor:
+    old = old.unsqueeze(0)
+    return torch.lerp(old, (x.mT @ x).unsqueeze(0) / 7, share)
 
 
 def halves(x: Tensor, old: Tensor, share: Tensor) -> Tensor:
@@ -154,6 +162,14 @@ def scaled_by_columns(x: Tensor, old: Tensor, share: Tensor) -> Tensor:
     return torch.lerp(old, (x.mT @ x) * x[0], share)
 
 
+def broadcast(x: Tensor, old: Tensor, share: Tensor) -> Tensor:
+    return torch.lerp(old[0], x.mT @ x, share)
+
+
+def joined_with_a_narrow_border(x: Tensor, old: Tensor, share: Tensor) -> Tensor:
+    return torch.lerp(old, torch.cat([x[:, :3].mT @ x, x[:1].float()], 0), share)
+
+
 def repeated(x: Tensor, old: Tensor, share: Tensor) -> Tensor:
     """The same block twice: no mirror, so it is mixed with another part of the old."""
     block = x[:, :2].mT @ x
@@ -173,7 +189,8 @@ def hardly_a_product(x: Tensor, old: Tensor, share: Tensor) -> Tensor:
     ("function", "products"),
     [
         (product, 1),
-        (product_of_a_count, 1),
+        (guarded, 1),
+        (of_one_group, 1),
         (halves, 2),
         (bordered_halves, 2),
         (read_by_another, 0),
@@ -181,6 +198,8 @@ def hardly_a_product(x: Tensor, old: Tensor, share: Tensor) -> Tensor:
         (scaled_too, 0),
         (of_a_later_share, 0),
         (scaled_by_columns, 0),
+        (broadcast, 0),
+        (joined_with_a_narrow_border, 0),
         (repeated, 0),
         (mirrored_elsewhere, 0),
         (hardly_a_product, 0),
@@ -190,26 +209,64 @@ def test_averages_are_taken_in_products_that_nobody_else_reads(function: Any, pr
     torch.manual_seed(0)
     x, noise = torch.randn(2, 5, 4, dtype=torch.float64).unbind()
     old, share = noise.mT @ noise, torch.tensor(0.3, dtype=torch.float64)
-    module = program(function, x, old, share)
+    changed = averaged_in_products(program(function, x, old, share))
+    assert count(changed, aten.addmm.out, least=0) == products
+    assert count(changed, aten.lerp.Tensor, least=0) == (products == 0)
+    for own_share in (share, torch.ones_like(share)):
+        before = x.clone(), old.clone()
+        expected = function(x, old, own_share)
+        torch.testing.assert_close(changed(x, old, own_share), expected, rtol=1e-13, atol=1e-13)
+        assert torch.equal(x, before[0]) and torch.equal(old, before[1])
+
+
+def averaged_in_products(module: GraphModule) -> GraphModule:
     changed, _ = copy_module(module)
     averages.average_in_products(changed.graph, lambda node: node.op == "call_function")
     changed.recompile()
-    assert count(changed, aten.addmm.out, least=0) == products
-    assert count(changed, aten.lerp.Tensor, least=0) == (products == 0)
-    before = x.clone(), old.clone()
-    torch.testing.assert_close(changed(x, old, share), function(x, old, share), rtol=1e-13, atol=1e-13)
-    assert torch.equal(x, before[0]) and torch.equal(old, before[1])
+    return changed
+
+
+@pytest.mark.parametrize("lies", ["behind others", "transposed", "apart"])
+@pytest.mark.parametrize("function", [product, bordered_halves])
+def test_the_old_average_may_lie_anywhere_in_memory(function: Any, lies: str) -> None:
+    """States that were loaded are what the user gave: parts of a larger tensor, say."""
+    torch.manual_seed(0)
+    x, noise = torch.randn(2, 5, 4, dtype=torch.float64).unbind()
+    second, share = noise.mT @ noise, torch.tensor(0.3, dtype=torch.float64)
+    old = {
+        "behind others": torch.stack([torch.full_like(second, 7.0), second])[1],
+        "transposed": second.mT.clone().mT,
+        "apart": torch.stack([second, torch.full_like(second, 7.0)], -1)[..., 0],
+    }[lies]
+    assert torch.equal(old, second)
+    changed = averaged_in_products(program(function, x, second, share))
+    assert count(changed, aten.addmm.out, least=0)
+    torch.testing.assert_close(changed(x, old, share), function(x, second, share), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_an_average_that_is_not_finite_leaves_the_old(bad: float) -> None:
     torch.manual_seed(0)
     x, old, share = torch.randn(5, 4), torch.randn(4, 4), torch.tensor(0.3)
-    changed = eager.rewritten(program(product_of_a_count, x, old, share), reads=True, least_bytes=0)
+    changed = eager.rewritten(program(guarded, x, old, share), reads=True, least_bytes=0)
     assert count(changed, choices.chosen, least=0) and count(changed, aten.addmm.out, least=0)
     x[2, 3] = bad
     before = old.clone()
-    assert torch.equal(changed(x, old, share)[0], before) and torch.equal(old, before)
+    assert changed(x, old, share) is old and torch.equal(old, before)
+
+
+@pytest.mark.parametrize(
+    ("scales", "expected"),
+    [
+        ([(True, 4.0), (False, torch.tensor(2.0))], 0.5),
+        ([(True, torch.tensor(0.0))], math.inf),
+        ([(False, 1e30), (False, torch.tensor(1e30))], math.inf),
+        ([(False, torch.tensor(math.nan))], math.nan),
+    ],
+)
+def test_shares_are_what_tensors_would_give(scales: Any, expected: float) -> None:
+    keep, take = averages.shares(torch.tensor(1.0), scales, torch.float32)
+    assert keep == 0.0 and take == pytest.approx(expected, nan_ok=True)
 
 
 def test_small_programs_stay_as_they_are() -> None:

@@ -70,6 +70,16 @@ def read_until_the_end(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([last, last], 1)
 
 
+def part_of_two_joins(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    shared = torch.cat([x @ y, y @ x], 1)
+    first = torch.cat([shared, torch.cat([x, y], 1)], 0)
+    return first / 3, torch.cat([shared, torch.cat([y, x], 1)], 0) / 3
+
+
+def beside_an_empty_vector(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([x.new_empty(0), x @ y], 1)
+
+
 def returned(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     block = x @ y
     return block, torch.cat([block, x], 0)
@@ -108,6 +118,8 @@ def through_sizes_that_are_no_view(x: Tensor, y: Tensor) -> Tensor:
         (twice, 0),
         (read_until_the_end, 0),
         (through_sizes_that_are_no_view, 1),
+        (part_of_two_joins, 0),
+        (beside_an_empty_vector, 1),
         (returned, 1),
         (read_later, 1),
         (read_later_through_a_view, 1),

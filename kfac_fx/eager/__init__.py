@@ -1,23 +1,24 @@
-"""What torch.compile does by itself, for programs that run as written: large statistics are written once.
+"""Large statistics of programs that run as they are written, with fewer passes over memory.
 
 A factor of 4,608 columns takes 85 MB. To write its blocks, join them, divide, average, and keep the old one
-where the new is not finite would each write as much again. Enters: a program. Leaves: one that computes the
-same. The user's own operators stay as they are.
+where the new is not finite would each write as much again. What is compiled is fused in another way. Enters:
+a program. Leaves: one that computes the same. The user's own operators stay as they are.
 """
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kfac_fx.eager.averages import average_in_products
+from kfac_fx.eager.blocks import JOINS
 from kfac_fx.eager.choices import choose_whole
 from kfac_fx.eager.placing import place_blocks
-from kfac_fx.eager.reuse import write_into_operands
+from kfac_fx.eager.reuse import WRITES_INTO, write_into_operands
 from kfac_fx.editing import copy_module, is_inserted
-from kfac_fx.graph import aten, is_op, value
+from kfac_fx.graph import is_op, value
 
 LEAST_BYTES = 2**18  # of a result; less is not worth the operators
-_CONCERNED = (aten.cat.default, aten.stack.default, aten.mm.default, aten.lerp.Tensor, aten.where.self)
 
 
 def rewritten(module: GraphModule, *, reads: bool, least_bytes: int | None = None) -> GraphModule:
@@ -31,7 +32,7 @@ def rewritten(module: GraphModule, *, reads: bool, least_bytes: int | None = Non
     def is_large(node: Node) -> bool:
         return node.op == "call_function" and is_inserted(node) and _bytes(node) >= least
 
-    if not any(is_large(node) and is_op(node, *_CONCERNED) for node in module.graph.nodes):
+    if not any(is_large(node) and is_op(node, *JOINS, *WRITES_INTO) for node in module.graph.nodes):
         return module
     changed, _ = copy_module(module)
     if reads:
@@ -44,4 +45,4 @@ def rewritten(module: GraphModule, *, reads: bool, least_bytes: int | None = Non
 
 
 def _bytes(node: Node) -> int:
-    return value(node).nbytes if hasattr(node.meta.get("val"), "nbytes") else 0
+    return value(node).nbytes if isinstance(node.meta["val"], Tensor) else 0

@@ -1,28 +1,27 @@
 """Moving averages inside products: `keep * old + take * left @ right` in one operator (GEMM's beta, alpha).
 
-A factor that is one product, or the upper half of a symmetric one with its mirror and border, is then written
-once; else it is also divided by its count and mixed with the old. The shares are numbers that the host reads
-as the program runs, so this is for CPUs. Enters: a graph. Leaves: the same, equal to rounding.
+A factor that is one product, or the upper half of a symmetric one with its mirror and border, is then not
+divided by its count and mixed with the old average in passes of their own. The lower half is the mirror of
+the new upper one, as second moments and their averages are symmetric. The shares are numbers that the host
+reads as the program runs, so this is for CPUs. Enters: a graph. Leaves: the same, equal to rounding.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch.fx import Graph, Node
 
 from kfac_fx.eager.blocks import Blocks, Slot, blocks_behind, readers
 from kfac_fx.eager.placing import compute_into, new_memory, order, read_before, view, without
 from kfac_fx.graph import VIEWS, aten, is_op, shape, value
 
-_SCALES: Mapping[Any, Callable[[Any, Any], Any]] = {
-    aten.div.Tensor: operator.truediv,
-    aten.mul.Tensor: operator.mul,
-}
+_SCALES = (aten.div.Tensor, aten.mul.Tensor)
 _MOVES = (aten.transpose.int, aten.t.default, aten.slice.Tensor, aten.select.int, aten.permute.default)
 
 
@@ -63,8 +62,14 @@ def _found(lerp: Node, place: Mapping[Node, int]) -> _Average | None:
     while is_op(part, *_SCALES) and _is_number(part.args[1]):  # type: ignore[union-attr]
         scales.append(part)
         part = part.args[0]  # type: ignore[union-attr]
-    same_sizes = isinstance(part, Node) and shape(part) == shape(lerp) and value(lerp).dim() >= 2
-    if not (same_sizes and _is_number(lerp.args[2]) and all(len(scale.users) == 1 for scale in scales)):
+    read = (part, lerp.args[0])
+    same_sizes = all(isinstance(node, Node) and shape(node) == shape(lerp) for node in read)
+    if not (
+        same_sizes
+        and value(lerp).dim() >= 2
+        and _is_number(lerp.args[2])
+        and all(len(scale.users) == 1 for scale in scales)
+    ):
         return None
     blocks = blocks_behind(part, lerp, lambda node: read_before(node, lerp, place))  # type: ignore[arg-type]
     return _Average(lerp=lerp, scales=tuple(scales), blocks=blocks)
@@ -87,11 +92,12 @@ def _is_possible(average: _Average, place: Mapping[Node, int]) -> bool:
     read = [number for number in (*average.numbers, average.old) if isinstance(number, Node)]
     products = sum(math.prod(slot.shape) for node, slot in blocks.computed if is_op(node, aten.mm.default))
     mirrors = [(part, slot) for part, _, slot in blocks.copied if _behind(part) in blocks.met]
-    size = math.prod(shape(lerp))
+    size, dtype = math.prod(shape(lerp)), value(lerp).dtype
     return (
         all(place[node] < first for node in read)
         and 2 * (products + sum(math.prod(slot.shape) for _, slot in mirrors)) >= size
         and all(_is_mirror(part, slot, average) for part, slot in mirrors)
+        and all(value(node).dtype == dtype for node in (average.old, *(part for part, _, _ in blocks.copied)))
     )
 
 
@@ -113,10 +119,9 @@ def _is_mirror(part: Node, slot: Slot, average: _Average) -> bool:
         if not is_op(node, *_MOVES):
             return False
         found = node.target(found, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    swapped = found.dim() >= 2 and found.shape == slot.shape and slot.dim() == found.dim()
-    return swapped and (
+    return found.shape == slot.shape and (
         slot.stride()[-2:] == (size, 1)
-        and found.stride()[-2:] == (1, size)
+        and found.stride() == (*slot.stride()[:-2], 1, size)
         and _entry(slot, size) == _entry(found, size, mirrored=True)
     )
 
@@ -135,37 +140,42 @@ def _entry(slot: Slot, size: int, *, mirrored: bool = False) -> tuple[int, int, 
     return (matrix, column, row) if mirrored else (matrix, row, column)
 
 
+def shares(weight: Any, scales: Sequence[tuple[bool, Any]], dtype: torch.dtype) -> tuple[float, float]:
+    """Of the old average and of the blocks. scales: whether by division, and a number or a tensor of one."""
+    take = torch.as_tensor(weight).double()
+    for divides, number in scales:
+        take = take / number if divides else take * number
+    return 1.0 - float(weight), float(take.to(dtype))
+
+
 def _write(average: _Average, place: Mapping[Node, int]) -> None:
     """Put the average in the place of its blocks."""
     graph, lerp, blocks = average.lerp.graph, average.lerp, average.blocks
     first = min((node for node, _ in blocks.computed), key=place.__getitem__)
     with graph.inserting_before(first):
-        weight = graph.call_function(float, (lerp.args[2],))
-        keep, take = graph.call_function(operator.sub, (1.0, weight)), weight
-        for scale in average.scales:
-            number: Any = scale.args[1]
-            number = graph.call_function(float, (number,)) if isinstance(number, Node) else number
-            take = graph.call_function(_SCALES[scale.target], (take, number))
+        scales = tuple((is_op(scale, aten.div.Tensor), scale.args[1]) for scale in average.scales)
+        both = graph.call_function(shares, (lerp.args[2], scales, value(lerp).dtype))
+        keep, take = (graph.call_function(operator.getitem, (both, number)) for number in range(2))
         old = graph.call_method("contiguous", (average.old,))
     whole = new_memory(lerp, first)
     for node, slot in blocks.computed:
-        block, own = view(whole, slot, before=node), view(old, slot, before=node)
+        mine, own = view(whole, slot, before=node), view(old, slot, before=node)
         if is_op(node, aten.mm.default):
             node.target, node.args = aten.addmm.out, (own, *node.args)
-            node.kwargs = {"beta": keep, "alpha": take, "out": block}
+            node.kwargs = {"beta": keep, "alpha": take, "out": mine}
             continue
-        compute_into(node, block)
+        compute_into(node, mine)
         with graph.inserting_after(node):
-            taken = graph.call_function(aten.mul_.Scalar, (block, take))
+            taken = graph.call_function(aten.mul_.Scalar, (mine, take))
         with graph.inserting_after(taken):
-            graph.call_function(aten.add_.Tensor, (block, own), {"alpha": keep})
+            graph.call_function(aten.add_.Tensor, (mine, own), {"alpha": keep})
     for part, join, slot in blocks.copied:
-        block, own = view(whole, slot, before=join), view(old, slot, before=join)
+        mine, own = view(whole, slot, before=join), view(old, slot, before=join)
         with graph.inserting_before(join):
             if _behind(part) not in blocks.met:
                 part = graph.call_function(aten.mul.Scalar, (part, take))
                 part = graph.call_function(aten.add.Tensor, (part, own), {"alpha": keep})
-            graph.call_function(aten.copy_.default, (block, part))
+            graph.call_function(aten.copy_.default, (mine, part))
     lerp.replace_all_uses_with(whole)
     for node in (lerp, *average.scales):
         graph.erase_node(node)

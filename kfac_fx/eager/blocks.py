@@ -20,7 +20,7 @@ from kfac_fx.graph import VIEWS, aten, is_op, may_alias, shape, value
 JOINS = (aten.cat.default, aten.stack.default)
 COPIES = (aten.clone.default,)
 Slot: TypeAlias = Tensor
-Ends: TypeAlias = Callable[[Node], bool]
+Ends: TypeAlias = Callable[[Node], bool]  # whether nobody reads a node once the whole is there
 
 
 @final
@@ -41,7 +41,7 @@ def memory_like(node: Node) -> Slot:
 
 
 def blocks_of(join: Node, ends: Ends) -> Blocks:
-    """Of a join. ends: whether nobody reads a node once the whole is there. Nothing computed: none can be."""
+    """Of a join. Nothing is `computed` where nothing can be."""
     found = Blocks()
     _lay_out(join, memory_like(join), found, ends)
     return found
@@ -50,7 +50,7 @@ def blocks_of(join: Node, ends: Ends) -> Blocks:
 def blocks_behind(part: Node, whole: Node, ends: Ends) -> Blocks:
     """Of what a tensor of the whole's size is made of: a join or a product, seen through views."""
     found = Blocks()
-    _place(part, memory_like(whole), whole, found, ends)
+    _find_place(part, memory_like(whole), whole, found, ends)
     return found
 
 
@@ -65,9 +65,11 @@ def readers(node: Node) -> Iterator[Node]:
 def _lay_out(join: Node, slot: Slot, blocks: Blocks, ends: Ends) -> bool:
     """Note where the parts of a join go. False, and nothing noted, if none of them can be computed there."""
     mine = Blocks(met=blocks.met)
-    for part, place in _parts(join, slot):
-        if not _place(part, place, join, mine, ends):
-            mine.copied.append((part, join, place))
+    for part, own in _parts(join, slot):
+        if value(part).dim() != own.dim():  # cat leaves out empty vectors, whatever the others are
+            return False
+        if not _find_place(part, own, join, mine, ends):
+            mine.copied.append((part, join, own))
     if not mine.computed:
         return False
     blocks.computed.extend(mine.computed)
@@ -78,13 +80,12 @@ def _lay_out(join: Node, slot: Slot, blocks: Blocks, ends: Ends) -> bool:
     return True
 
 
-def _place(part: Node, slot: Slot, whole: Node, blocks: Blocks, ends: Ends) -> bool:
+def _find_place(part: Node, slot: Slot, whole: Node, blocks: Blocks, ends: Ends) -> bool:
     """Note that a part is computed in this slot, if it can be."""
     node, views, own = _producer(part, slot)
     if own is None or node in blocks.met or not (is_inserted(node) and ends(node)):
         return False
-    alike = value(node).dtype == value(whole).dtype and value(node).device == value(whole).device
-    if not alike:
+    if value(node).dtype != value(whole).dtype or value(node).device != value(whole).device:
         return False
     nested = is_op(node, *JOINS) and _lay_out(node, own, blocks, ends)
     if not nested and not _writes_to(node, own):
@@ -104,7 +105,7 @@ def _parts(join: Node, slot: Slot) -> Iterator[tuple[Node, Slot]]:
         if is_op(join, aten.stack.default):
             yield part, slot.select(dim, number)
             continue
-        size = shape(part)[dim]
+        size = shape(part)[dim] if value(part).dim() == slot.dim() else 0
         yield part, slot.narrow(dim, start, size)
         start += size
 

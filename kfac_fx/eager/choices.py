@@ -14,13 +14,20 @@ from kfac_fx.graph import aten, is_op, value
 
 
 def choose_whole(graph: Graph, is_large: Callable[[Node], bool]) -> None:
-    """Of `where` with one condition for all entries."""
+    """Of `where` with one condition for all entries, where the second tensor is state.
+
+    The program may then return a tensor of the state itself: state is replaced, and never written to.
+    """
     for node in graph.nodes:
-        if is_op(node, aten.where.self) and is_large(node):
+        if is_op(node, aten.where.self) and is_large(node) and _is_state(node.args[2]):
             condition, *both = (value(read) for read in node.args)  # type: ignore[arg-type]
             kind = value(node).shape, value(node).dtype, value(node).device
             if condition.numel() == 1 and all((t.shape, t.dtype, t.device) == kind for t in both):
                 node.target = chosen
+
+
+def _is_state(node: object) -> bool:
+    return isinstance(node, Node) and node.op == "placeholder" and str(node.target).startswith("s_")
 
 
 def chosen(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:

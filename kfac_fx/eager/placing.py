@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from kfac_fx.eager.blocks import COPIES, JOINS, Blocks, Slot, blocks_of, readers
@@ -55,17 +56,22 @@ def new_memory(like: Node, before: Node) -> Node:
 
 def view(whole: Node, slot: Slot, *, before: Node) -> Node:
     """A block of the whole."""
-    arguments = (whole, list(slot.shape), list(slot.stride()), slot.storage_offset())
+    arguments = (whole, tuple(slot.shape), slot.stride(), slot.storage_offset())
     with whole.graph.inserting_before(before):
-        return whole.graph.call_function(aten.as_strided.default, arguments)
+        return whole.graph.call_function(block, arguments)
 
 
-def compute_into(node: Node, block: Node) -> None:
-    """Let the operator write into this block."""
+def block(whole: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], start: int) -> Tensor:
+    """A view of a contiguous tensor, which may itself be a part of other memory."""
+    return whole.as_strided(sizes, strides, whole.storage_offset() + start)
+
+
+def compute_into(node: Node, part: Node) -> None:
+    """Let the operator write into this part of the whole."""
     if is_op(node, *COPIES):
-        node.target, node.args, node.kwargs = aten.copy_.default, (block, node.args[0]), {}
+        node.target, node.args, node.kwargs = aten.copy_.default, (part, node.args[0]), {}
     else:
-        node.target, node.kwargs = INTO[node.target], {**node.kwargs, "out": block}
+        node.target, node.kwargs = INTO[node.target], {**node.kwargs, "out": part}
 
 
 def without(blocks: Blocks, whole: Node, place: Mapping[Node, int]) -> set[Node]:
@@ -73,7 +79,9 @@ def without(blocks: Blocks, whole: Node, place: Mapping[Node, int]) -> set[Node]
     gone: set[Node] = set()
     for node in sorted({*blocks.views, *blocks.joins}, key=place.__getitem__, reverse=True):
         if node.users and node in blocks.joins:
-            node.replace_all_uses_with(view(whole, blocks.joins[node], before=node))
+            instead = view(whole, blocks.joins[node], before=node)
+            instead.meta = dict(node.meta)
+            node.replace_all_uses_with(instead)
         if not node.users:
             whole.graph.erase_node(node)
             gone.add(node)
@@ -86,8 +94,8 @@ def _place(root: Node, blocks: Blocks, place: Mapping[Node, int]) -> set[Node]:
     for node, slot in blocks.computed:
         compute_into(node, view(whole, slot, before=node))
     for part, join, slot in blocks.copied:
-        block = view(whole, slot, before=join)
+        copy = view(whole, slot, before=join)
         with root.graph.inserting_before(join):
-            root.graph.call_function(aten.copy_.default, (block, part))
+            root.graph.call_function(aten.copy_.default, (copy, part))
     root.replace_all_uses_with(whole)
     return without(blocks, whole, place)

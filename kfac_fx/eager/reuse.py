@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from kfac_fx.editing import is_inserted
 from kfac_fx.graph import aten, is_op, value
 
-_WRITES_INTO: Mapping[Any, Any] = {
+WRITES_INTO: Mapping[Any, Any] = {
     aten.add.Tensor: aten.add.out,
     aten.sub.Tensor: aten.sub.out,
     aten.mul.Tensor: aten.mul.out,
@@ -29,7 +29,7 @@ _FRESH = (
     aten.baddbmm.default,
     aten.cat.default,
     aten.stack.default,
-    *_WRITES_INTO,
+    *WRITES_INTO,
 )
 # Readers that return nothing of what they read.
 _READS = (
@@ -38,14 +38,14 @@ _READS = (
     aten.bmm.default,
     aten.cat.default,
     aten.stack.default,
-    *_WRITES_INTO,
+    *WRITES_INTO,
 )
 
 
 def write_into_operands(graph: Graph, is_large: Callable[[Node], bool]) -> None:
     """Of large elementwise operators that have an operand that ends with them."""
     for node, operand in _reusing(graph, is_large):
-        node.target = _WRITES_INTO[node.target]
+        node.target = WRITES_INTO[node.target]
         node.kwargs = {**node.kwargs, "out": operand}
 
 
@@ -53,7 +53,7 @@ def _reusing(graph: Graph, is_large: Callable[[Node], bool]) -> Iterator[tuple[N
     """Operators and the operand that each may write into."""
     place = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if is_op(node, *_WRITES_INTO) and is_large(node):
+        if is_op(node, *WRITES_INTO) and is_large(node):
             ending = next(_ending(node, place), None)
             if ending is not None:
                 yield node, ending
@@ -76,4 +76,4 @@ def _ending(node: Node, place: Mapping[Node, int]) -> Iterator[Node]:
 
 def _is_fresh(node: Node) -> bool:
     """Whether the node owns its memory: also if it writes into an operand that ended with it."""
-    return is_op(node, *_FRESH, *_WRITES_INTO.values())
+    return is_op(node, *_FRESH, *WRITES_INTO.values())
