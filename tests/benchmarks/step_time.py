@@ -13,7 +13,7 @@ turns, every contender with a model of its own. "mean", "slowest" and "median" a
 those of its phases.
 
     step_time.py                       resnet20-32, resnet20-16, transformer: about 20 minutes on two cores
-    step_time.py --task transformer-words --contender kfac --steps 6
+    step_time.py --task transformer-words --contender kfac --steps 20    about 12 minutes
     step_time.py --period              as many steps as nkfac's period has (200): "slowest" has seen them all
     step_time.py --refresh staggered   inverses spread over the period
     step_time.py --scaling             ResNet-20 of widths 16, 32, 64 and of batches 32, 64, 128; with a plot;
