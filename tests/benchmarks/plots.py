@@ -72,7 +72,7 @@ def _draw(axis: Axes, panel: Panel, styles: Mapping[str, Mapping[str, Any]]) -> 
     if panel.log_x:
         ticks = next(iter(panel.curves.values()))[0]
         axis.set_xscale("log")
-        axis.set_xticks(ticks, labels=[f"{x:.2g}" for x in ticks])
+        axis.set_xticks(ticks, labels=[f"{x:.3g}" for x in ticks])
         axis.xaxis.set_minor_formatter("")
     axis.set_title(panel.title)
     axis.set_xlabel(panel.x_label)
