@@ -29,6 +29,11 @@ def scaled_terms(call: LossCall, slope: Tensor) -> tuple[Tensor, Tensor | None]:
     return 1.0 / (call.factor * mean_weight), weights / mean_weight
 
 
+def _drawable(p: Tensor) -> Tensor:
+    """Probabilities that torch draws from, also where a prediction is not finite: the loss tells of that."""
+    return p.nan_to_num(nan=1.0)
+
+
 def sampled_cotangent(call: LossCall, weights: Tensor | None) -> Tensor:
     """D ell(f, y^)/df with y^ drawn from the model's own prediction: E[g g^T] is the Hessian (type-1, MC)."""
     f = call.prediction.detach()
@@ -36,11 +41,11 @@ def sampled_cotangent(call: LossCall, weights: Tensor | None) -> Tensor:
         cotangent = torch.randn_like(f)
     elif call.kind == "bce":
         q = torch.sigmoid(f)
-        cotangent = q - torch.bernoulli(q)
+        cotangent = q - torch.bernoulli(_drawable(q))
     else:
         logits = f.movedim(call.class_dim, -1)
         p = torch.softmax(logits, -1)
-        drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1).reshape(p.shape[:-1])
+        drawn = torch.multinomial(_drawable(p).reshape(-1, p.shape[-1]), 1).reshape(p.shape[:-1])
         cotangent = (p - F.one_hot(drawn, p.shape[-1]).to(p.dtype)).movedim(-1, call.class_dim)
     return _weighted(call, cotangent, weights)
 

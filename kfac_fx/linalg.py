@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kfac_fx import host
 
+_LARGE = 1024**2  # entries of a matrix
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +55,15 @@ def damped_inverses(
 
 
 def alike(factors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of batches of matrices of one size, dtype and device: each is one batched call."""
-    order: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
+    """Indices of batches of matrices of one size, dtype and device: each is one batched call.
+
+    Large ones of a CPU are by themselves: torch takes a batch one by one there, and to stack it takes time.
+    """
+    order: dict[tuple[torch.Size, torch.dtype, torch.device, int | None], list[int]] = {}
     for index, factor in enumerate(factors):
-        order.setdefault((factor.shape[1:], factor.dtype, factor.device), []).append(index)
+        apart = factor.device.type == "cpu" and factor.shape[1:].numel() >= _LARGE
+        kind = (factor.shape[1:], factor.dtype, factor.device, index if apart else None)
+        order.setdefault(kind, []).append(index)
     yield from order.values()
 
 

@@ -645,3 +645,20 @@ def test_a_batch_without_examples_is_refused_with_its_shape() -> None:
     step(x, y)
     with pytest.raises(errors.InputError, match=r"input 0 has no examples: its shape is \(0, 1, 4, 4\)"):
         step(x[:0], y[:0])
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_prediction_that_is_not_finite_is_told_by_the_loss_where_targets_are_drawn(
+    loss: Any, bad: float
+) -> None:
+    """Torch refuses to draw from such probabilities, on CUDA without a way back."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    targets = torch.randint(3, (5,)) if loss is F.cross_entropy else torch.rand(5, 3)
+    step = kfac_fx.compile(model, loss, method=kfac_fx.KFAC(statistics_every=1), fisher="mc", backend="eager")
+    step(x, targets)
+    before = copy.deepcopy(model.state_dict())
+    message(errors.NonFiniteLossError, step, torch.full_like(x, bad), targets)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.isfinite(step(x, targets))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx import host
-from kfac_fx.linalg import add_diagonal, join_orientations
+from kfac_fx.linalg import add_diagonal, alike, join_orientations
 from kfac_fx.methods.base import KroneckerFactored, all_finite, identity, norm_recovered, two_sided, zeros
 from kfac_fx.methods.costs import factor_shapes
 from kfac_fx.methods.damping import diagonal_inverse
@@ -134,15 +134,15 @@ class NKFAC(KroneckerFactored):
         that is allowed; elsewhere it has kept nothing, see `Outcomes.troubled`.
         """
         new: dict[str, State] = {key: {} for key in states}
-        groups: dict[tuple[int, torch.dtype, torch.device, bool], list[_Job]] = {}
+        groups: dict[bool, list[_Job]] = {True: [], False: []}
         for job in self._jobs(states, counts):
             if job.factor.dim() == 1:
                 new[job.key][f"{job.side}_inverse"] = diagonal_inverse(job.factor, self._damping(job.factor))
                 continue
-            kind = (job.factor.shape[-1], job.factor.dtype, job.factor.device, job.exact)
-            groups.setdefault(kind, []).append(job)
+            groups[job.exact].append(job)
         total: int | Tensor = 0
-        for jobs in groups.values():
+        for group, indices in ((g, i) for g in groups.values() for i in alike([job.factor for job in g])):
+            jobs = [group[index] for index in indices]
             inverses, kept = self._inverses(jobs)
             total = total + kept.sum()
             sizes = [job.factor.shape[0] for job in jobs]
