@@ -7,22 +7,19 @@ captured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, final
 
-from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from kfac_fx import stages
-from kfac_fx.canonical import from_matrices, gradient_names, state_owner
 from kfac_fx.collect import write_averages, write_guard, write_statistics
+from kfac_fx.directions import write_lengths, write_precondition, write_products
 from kfac_fx.draft import Draft
-from kfac_fx.functions import layer_function, products, signature
 from kfac_fx.planned import Plan
 from kfac_fx.stages import PassRecord
-from kfac_fx.wording import counted
-from kfac_fx.writer import Key, identifier, of_layer
+from kfac_fx.writer import Key
 
 Variant = Literal["plain", "statistics", "gradients", "batch_statistics"]
 VARIANTS: tuple[Variant, ...] = ("plain", "statistics", "gradients", "batch_statistics")
@@ -141,108 +138,6 @@ def _written(draft: Draft, variant: Variant) -> Program:
     )
 
 
-def _write_precondition(draft: Draft) -> str:
-    """Replace each matched gradient by its preconditioned direction, layer by layer."""
-    plan, writer = draft.plan, draft.writer
-    names = gradient_names(plan)
-    draft.raw = {name: writer.of(plan.capture.gradients[name]) for name in names}
-    for match in plan.matched:
-        own = {name: draft.raw[name] for name in (match.weight, match.bias) if name is not None}
-        state = {
-            name: draft.state.get((state_owner(plan, match, name), name), node)
-            for name, node in writer.states(match).items()
-        }
-        alike = signature(plan, match)
-        result = writer.splice(
-            layer_function(plan, match, list(own), list(state)),
-            [*own.values(), *state.values()],
-            label=f"preconditioned gradient of {match.name}",
-            match=match,
-            names={"gradient": "gradient", "direction": "direction"},
-            key=alike and ("precondition", alike),
-        )
-        draft.matrices.append(result["gradient"])
-        draft.directions.append(draft.distinct(result["direction"], match))
-        stages.detail("precondition", match.name, "%s", draft.directions[-1])
-    if plan.matched:
-        _write_back(draft, names)
-    return f"directions of {draft.writer.told(len(draft.directions))}"
-
-
-def _write_back(draft: Draft, names: Sequence[str]) -> None:
-    """Directions in the shapes of their parameters."""
-    plan, writer = draft.plan, draft.writer
-
-    def back(*tensors: Tensor) -> dict[str, Tensor]:
-        gradients = dict(zip(names, tensors, strict=False))
-        return from_matrices(plan, tensors[len(names) :], gradients)
-
-    last = writer.end.prev
-    draft.gradients |= writer.splice(
-        back,
-        [*draft.raw.values(), *draft.directions],
-        label="back to the parameters' shapes",
-        names={name: f"update_{identifier(name)}" for name in names},
-        key=_key("back", plan),
-    )
-    draft.back = tuple(_between(last, writer.end))
-
-
-def _key(what: str, plan: Plan) -> Hashable:
-    """Equal for plans in which this function of all layers is the same."""
-    alike = tuple((match.key, match.weight, match.bias, signature(plan, match)) for match in plan.matched)
-    return what if any(layer[-1] is None for layer in alike) else (what, alike)
-
-
-def _between(first: Node, end: Node) -> Iterable[Node]:
-    """Nodes behind the first and before the end."""
-    node = first.next
-    while node is not end:
-        yield node
-        node = node.next
-
-
-def _write_lengths(draft: Draft) -> str:
-    """Bound or restore the length of all directions, before they take the parameters' shapes."""
-    plan, writer = draft.plan, draft.writer
-    if not plan.matched:
-        return "no layers"
-    draft.rates = writer.placeholder("learning_rates", (len(plan.matched),), "learning rate of each layer")
-
-    def rescale(*tensors: Tensor) -> dict[str, Tensor]:
-        half = len(tensors) // 2
-        gradients, rates = list(tensors[half : 2 * half]), tensors[-1]
-        scaled = plan.method.rescale(list(tensors[:half]), gradients, learning_rates=rates)
-        return {match.key: direction for match, direction in zip(plan.matched, scaled, strict=True)}
-
-    scaled = writer.splice(
-        rescale,
-        [*draft.directions, *draft.matrices, draft.rates],
-        label=f"length of the update by {plan.method.name}",
-        before=draft.back[0] if draft.back else None,
-        names={match.key: of_layer(match, "scaled") for match in plan.matched},
-        key=_key("rescale", plan),
-    )
-    changed = sum(a is not b for a, b in zip(draft.directions, scaled.values(), strict=True))
-    draft.rescaled(dict(zip(draft.directions, scaled.values(), strict=True)))
-    return f"{changed} of {len(scaled)} directions by {plan.method.name}"
-
-
-def _write_products(draft: Draft) -> str:
-    """What the directions, as they go to the optimizer, have in common with the gradients."""
-    if not draft.directions:
-        return "no layers"
-    num = len(draft.directions)
-    draft.products = draft.writer.splice(
-        lambda *tensors: {"products": products(tensors[:num], tensors[num:])},
-        [*draft.directions, *draft.matrices],
-        label="<V, grad> of each layer",
-        names={"products": "products"},
-        key=("products",),
-    )["products"]
-    return f"<V, grad> of {counted(num, 'layer')}"
-
-
 def _clean(draft: Draft) -> str:
     """Drop what nobody reads, and let views copy where strides differ."""
     before = len(draft)
@@ -255,8 +150,8 @@ _WRITING: Mapping[str, _Writing] = {
     "guard": write_guard,
     "statistics": write_statistics,
     "averages": write_averages,
-    "precondition": _write_precondition,
-    "lengths": _write_lengths,
-    "products": _write_products,
+    "precondition": write_precondition,
+    "lengths": write_lengths,
+    "products": write_products,
     "cleanup": _clean,
 }

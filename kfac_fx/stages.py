@@ -35,6 +35,7 @@ PASSES = {
     "cleanup": "dead code and unread state go; views may copy",
     "lower": "graph to callable; off: eager",
     "forms": "the fastest form of each convolution's A; off: patches",
+    "stacks": "small layers of equal shape are preconditioned in one call; off: one by one",
     "equal-layers": "equal layers are traced once; off: each is traced",
 }
 _NEEDED = {

@@ -19,6 +19,7 @@ from kfac_fx.canonical import initial_state, state_owner
 from kfac_fx.planned import Plan
 from kfac_fx.splice import buffer_names, splice
 from kfac_fx.stages import runs
+from kfac_fx.traces import Trace, traced_once
 from kfac_fx.types import LayerMatch
 from kfac_fx.wording import counted
 
@@ -54,6 +55,7 @@ class GraphWriter:
         self._states: dict[Key, Node] = {}
         self._stage = ""
         self._kinds: set[Hashable] = set()  # of what this pass wrote
+        self._known: dict[Hashable, Trace] = plan.capture.graph.meta.setdefault("kfac_fx_traced", {})
         behind = False
         for captured, copy in self._copies.items():
             behind = behind or captured in plan.capture.backward
@@ -120,7 +122,6 @@ class GraphWriter:
         names: of the nodes of its results; behind that of the layer `match`, if it is of one. key: equal for
         functions that compute the same; equal layers, and the variants of one capture, are traced once.
         """
-        known = self.plan.capture.graph.meta.setdefault("kfac_fx_traced", {})
         key = key if runs("equal-layers", self.plan.without) else None
         results = splice(
             self.module,
@@ -130,7 +131,7 @@ class GraphWriter:
             label=f"inserted, {label}",
             source=None if match is None else match.source,
             key=key,
-            known=known,
+            known=self._known,
             constants=self._constants,
             notes={"kfac_fx_pass": self._stage, "kfac_fx_layer": "" if match is None else match.name},
         )
@@ -140,6 +141,12 @@ class GraphWriter:
         for node, name in new.items():
             node._rename(names[name] if match is None else of_layer(match, names[name]))
         return results
+
+    def traced(
+        self, function: Callable[..., Mapping[str, Tensor]], arguments: Sequence[Node], key: Hashable
+    ) -> Trace:
+        """The graph that `splice` would write for these."""
+        return traced_once(function, arguments, key, self._known)
 
     def told(self, num_layers: int) -> str:
         """How many layers a pass has served, and how many of them are like another."""
