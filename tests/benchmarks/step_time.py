@@ -7,10 +7,10 @@ Tasks, in float32 (networks of `networks.py`, random data):
     transformer-words   the same with GPT-2's vocabulary of 50,257; its head is left to the optimizer
 Contenders: kfac with statistics at every step and inverses every 10 (transformer: 10 and 100), nkfac as
 published (20 and 200), and for the ResNets K-FAC by hooks and im2col (`hooked.py`, statistics at every step,
-inverses every 10), the stand-in for today's practice. Measured by `kfac_fx.bench` as in `kfac-fx bench`: in
-turns, every contender with a model of its own. "mean", "slowest" and "median" are of consecutive steps.
-"amortised" is computed over a period of the schedule from the medians of its kinds of steps, "of phases" from
-those of its phases.
+inverses every 10), the stand-in for today's practice; skfac, if asked for, has kfac's schedule. Measured by
+`kfac_fx.bench` as in `kfac-fx bench`: in turns, every contender with a model of its own. "mean", "slowest"
+and "median" are of consecutive steps. "amortised" is computed over a period of the schedule from the medians
+of its kinds of steps, "of phases" from those of its phases.
 
     step_time.py                       resnet20-32, resnet20-16, transformer: about 20 minutes on two cores
     step_time.py --task transformer-words --contender kfac --steps 20    about 12 minutes
@@ -50,6 +50,7 @@ LIMITS = {
     ("resnet20-16", "nkfac"): 1.15,
     ("transformer", "kfac"): 1.15,
     ("transformer-words", "kfac"): 1.15,
+    ("transformer", "skfac"): 1.15,
 }
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -105,7 +106,8 @@ TASKS: Mapping[str, Callable[[str], Task]] = {
     "resnet20-32x32": lambda name: images(name, 32, 32),
     "resnet20-32x128": lambda name: images(name, 32, 128),
 }
-CONTENDERS = ("kfac", "nkfac", "hooks")
+CONTENDERS = ("kfac", "nkfac", "skfac", "hooks")
+DEFAULT_CONTENDERS = ("kfac", "nkfac", "hooks")
 DEFAULT = ("resnet20-32", "resnet20-16", "transformer")
 SCALING = {
     "width": {16: "resnet20-16", 32: "resnet20-32", 64: "resnet20-64"},
@@ -154,8 +156,12 @@ class Hooked:
 def measure(task: Task, options: argparse.Namespace, say: Callable[[str], Any]) -> BenchReport:
     """The report of one task."""
     every = {"statistics_every": task.statistics_every, "inverse_every": task.inverse_every}
-    methods = {"kfac": kfac_fx.KFAC(**every), "nkfac": kfac_fx.NKFAC()}
-    wanted = options.contender or CONTENDERS
+    methods = {
+        "kfac": kfac_fx.KFAC(**every),
+        "nkfac": kfac_fx.NKFAC(),
+        "skfac": kfac_fx.SKFAC(**every),
+    }
+    wanted = options.contender or DEFAULT_CONTENDERS
     hooked = task.hooked and "hooks" in wanted
     extra: dict[str, Make] = {"hooks": lambda model: Hooked(model, task)} if hooked else {}
     return bench(
@@ -168,6 +174,7 @@ def measure(task: Task, options: argparse.Namespace, say: Callable[[str], Any]) 
         threads=options.threads,
         backend=options.backend,
         refresh=options.refresh,
+        options={"sharing": options.sharing},
         peers=options.peers,
         extra=extra,
         say=say,
@@ -224,8 +231,9 @@ def main() -> None:
     parser.add_argument("--refresh", choices=("together", "staggered"), default="together")
     parser.add_argument("--peers", action="store_true", help="singd and asdfghjkl too, where installed")
     parser.add_argument(
-        "--contender", choices=CONTENDERS, action="append", help="next to SGD and AdamW; repeatable; else all"
+        "--contender", choices=CONTENDERS, action="append", help="next to SGD and AdamW; repeatable"
     )
+    parser.add_argument("--sharing", choices=("expand", "reduce"), default="expand")
     parser.add_argument("--scaling", action="store_true", help="widths and batches of ResNet-20")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--backend", default="auto")
