@@ -87,18 +87,17 @@ def _write_stacked(
         found = writer.splice(
             stacked(one, len(group)),
             [node for match in group for node in read[match.key]],
-            label=f"preconditioned gradients of {', '.join(match.name for match in group)}",
+            label=f"preconditioned gradients of {first.name} and {len(group) - 1} like it",
             names={f"{what} {i}": of_layer(match, what) for i, match in enumerate(group) for what in whats},
             key=("stacked", len(group), alike),
         )
     except (RuntimeError, TypeError, ValueError, KfacFxError) as error:  # one alone was traced just now
         stages.detail("precondition", first.name, "not in a stack: %s", error)
         return None
-    results = {}
-    for i, match in enumerate(group):
-        results[match.key] = {what: found[f"{what} {i}"] for what in whats}
-        for node in results[match.key].values():
-            node.meta["kfac_fx_layer"] = match.name
+    results = {m.key: {what: found[f"{what} {i}"] for what in whats} for i, m in enumerate(group)}
+    for key, nodes in results.items():
+        for node in nodes.values():
+            node.meta["kfac_fx_result_of"] = key
     return results
 
 

@@ -90,6 +90,24 @@ def test_drawing_the_last_layer_is_the_same_work_however_many_stand_before_it() 
     counts = []
     for depth in (2, 10):
         model, batch = nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth))), torch.ones(2, 4)
-        plan = kfac_fx.inspect(model, nn.MSELoss(), batch, batch)
+        with kfac_fx.without_passes("stacks"):
+            plan = kfac_fx.inspect(model, nn.MSELoss(), batch, batch)
         counts.append(lines_run(Surveyor(plan, statistics_step(plan).program), plan))
     assert counts[0] > 50 and abs(counts[1] - counts[0]) < 40
+
+
+def test_a_layer_in_a_stack_is_drawn_with_its_own_tensors_alone() -> None:
+    model, batch = nn.Sequential(*(nn.Linear(4, 4) for _ in range(8))), torch.ones(2, 4)
+    plan = kfac_fx.inspect(model, nn.MSELoss(), batch, batch)
+    program = statistics_step(plan).program
+    assert any("and 7 like it" in node.meta.get("kfac_fx", "") for node in program.module.graph.nodes)
+    surveyor = Surveyor(plan, program)
+    for match in plan.matched:
+        drawing = surveyor.around(match)
+        titles = [box.title for box in drawing.boxes]
+        ends = ("gradient as a matrix", "direction", "weight direction", "bias direction")
+        wanted = [*ends, "weight gradient", "stored A_inverse", "stored G_inverse"]
+        assert [titles.count(title) for title in wanted] == [1] * len(wanted), titles
+        assert not any(" of " in title for title in titles if title.startswith("stored")), titles
+        (direction,) = drawing.boxes[titles.index("direction")].nodes
+        assert direction.name == f"layer_{match.name}_direction"

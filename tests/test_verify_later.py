@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import kfac_fx
-from kfac_fx import instrument
+from kfac_fx import directions
 from kfac_fx.methods import base
 from kfac_fx.methods import kfac as kfac_method
 from kfac_fx.methods import nkfac as nkfac_method
@@ -71,13 +71,13 @@ def test_a_wrong_share_of_later_batches_is_a_violation(monkeypatch: pytest.Monke
 
 
 def test_a_direction_that_ascends_in_the_graph_alone_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = instrument.layer_function
+    original = directions.layer_function
 
     def negated(*args: Any) -> Callable[..., dict[str, Tensor]]:
         run = original(*args)
         return lambda *tensors: {**(found := run(*tensors)), "direction": -found["direction"]}
 
-    monkeypatch.setattr(instrument, "layer_function", negated)
+    monkeypatch.setattr(directions, "layer_function", negated)
     found = verified(kfac(kl_clip=None))
     check_only_later_steps_are_violated(found, "update at step 2 (plain)", "update at step 3 (statistics)")
     assert math.isclose(found.layers[0].checks[-1].error or 0.0, 2.0)

@@ -148,6 +148,8 @@ class Surveyor:
         for lane, nodes in ((STATISTICS, statistics), (PRECONDITION, precondition)):
             for state in self._states_read(nodes):
                 name, _, owner = label_of(state).partition(" of ")
+                if owner not in (match.key, match.shared_a):  # of another layer of the same stack
+                    continue
                 shared = f" of {owner}" if owner != match.key else ""
                 keys[state] = (f"stored {name}{shared}", lane)
         written = frozenset(statistics)
@@ -191,6 +193,12 @@ class Surveyor:
             for place, key in enumerate(layers):
                 own = parts[place : place + 1] if len(parts) == len(layers) else parts
                 found[key] = [node for part in own for node in part]
+        for nodes in self._labelled("preconditioned gradients of ").values():
+            stack = frozenset(nodes)
+            for node in nodes:
+                if "kfac_fx_result_of" in node.meta:
+                    own = found[node.meta["kfac_fx_result_of"]]
+                    own += [node, *(ancestors(node, lambda n, stack=stack: n in stack) - set(own))]
         return found
 
     def _labelled(self, prefix: str) -> dict[str, list[Node]]:
