@@ -13,6 +13,7 @@ from torch import nn
 from kfac_fx import guards
 from kfac_fx.batch import Batch, flatten_batch
 from kfac_fx.compiled import Compiled
+from kfac_fx.contents import Contents
 from kfac_fx.curvature import Curvature
 from kfac_fx.errors import KfacFxError
 from kfac_fx.forward import forward_program
@@ -36,7 +37,7 @@ class Captures:
         self._tracer = tracer
         self._backend = backend
         self._modelled = modelled
-        self._fingerprint = guards.fingerprint(model)
+        self._fingerprint = guards.fingerprint(Contents.of(model))
         self._compiled: dict[object, Compiled] = {}
         self._last: Compiled | None = None
 
@@ -69,15 +70,15 @@ class Captures:
         """Buffers that the capture used last changes in place."""
         return frozenset() if self._last is None else self._last.changing_buffers
 
-    def fitting(self, inputs: Any, targets: Any) -> tuple[Compiled, Batch]:
-        """The capture for this batch, and the batch as flat tensors.
+    def fitting(self, contents: Contents, inputs: Any, targets: Any) -> tuple[Compiled, Batch]:
+        """The capture for this batch, and the batch as flat tensors. contents: of the model, now.
 
         Raises `ModelChangedError`, `InputError`, `CaptureError`.
         """
-        guards.check_unchanged(self._model, self._fingerprint)
+        guards.check_unchanged(contents, self._fingerprint)
         batch = flatten_batch(inputs, targets)
         guards.check_batch(batch, self._model)
-        key = guards.capture_key(self._model, batch)
+        key = guards.capture_key(contents, batch)
         compiled = self._compiled.get(key) or self._captured(batch)
         if compiled is not self._last:
             self._curvature.adopt(compiled.plan)

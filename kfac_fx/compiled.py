@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
 from kfac_fx import guards, stages
 from kfac_fx.adaptive import Point
 from kfac_fx.batch import Batch
+from kfac_fx.contents import Contents
 from kfac_fx.curvature import Curvature, Key, Rates
 from kfac_fx.forward import Forward
 from kfac_fx.host import zeros_unless
@@ -89,14 +90,15 @@ class Compiled:
         names = [*(p.name for p in self.plan.capture.parameters), *self.plan.capture.buffers]
         return frozenset(names[i] for i in mutated_placeholders(self.plan.capture.graph))
 
-    def point(self, model: nn.Module, batch: Batch, old: Mapping[str, Tensor]) -> Point | None:
+    def point(self, contents: Contents, batch: Batch, old: Mapping[str, Tensor]) -> Point | None:
         """Where the model is for the quadratic model: parameters, buffers (those of `old` as they were before
         this step's forward), batch.
         """
         if self.forward is None:
             return None
-        buffers = [old.get(name, buffer) for name, buffer in model.named_buffers()]
-        return Point(forward=self.forward, tensors=(*model.parameters(), *buffers, *batch.tensors))
+        buffers = [old.get(name, buffer) for name, buffer in contents.buffers.items()]
+        tensors = (*contents.parameters.values(), *buffers, *batch.tensors)
+        return Point(forward=self.forward, tensors=tensors)
 
     def call(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from kfac_fx.batch import Batch
+from kfac_fx.contents import Contents
 from kfac_fx.errors import (
     InputError,
     KfacFxError,
@@ -64,14 +65,14 @@ def copied(model: nn.Module, who: str) -> nn.Module:
     return twin
 
 
-def fingerprint(model: nn.Module) -> Fingerprint:
+def fingerprint(contents: Contents) -> Fingerprint:
     """What a compiled step relies on: identity, shape, dtype and device of every parameter."""
-    return {name: (id(p), tuple(p.shape), p.dtype, p.device) for name, p in model.named_parameters()}
+    return {name: (id(p), tuple(p.shape), p.dtype, p.device) for name, p in contents.parameters.items()}
 
 
-def check_unchanged(model: nn.Module, known: Fingerprint) -> None:
+def check_unchanged(contents: Contents, known: Fingerprint) -> None:
     """Raise `ModelChangedError` if parameters were added, removed, replaced, cast or moved after compile."""
-    now = fingerprint(model)
+    now = fingerprint(contents)
     if now == known:
         return
     changes = [f"{name} was added" for name in now if name not in known]
@@ -202,7 +203,7 @@ def check_exclude(patterns: tuple[str, ...], model: nn.Module) -> None:
             raise UnknownNameError(f"exclude={pattern!r} matches no parameter.{did_you_mean(pattern, names)}")
 
 
-def capture_key(model: nn.Module, batch: Batch) -> object:
+def capture_key(contents: Contents, batch: Batch) -> object:
     """Equal keys mean equal graphs.
 
     Shapes, dtypes, structure, mode, autocast state, requires_grad pattern, buffers.
@@ -213,11 +214,11 @@ def capture_key(model: nn.Module, batch: Batch) -> object:
         if torch.is_autocast_enabled(device)
     )
     return (
-        tuple((tuple(t.shape), t.dtype, t.device) for t in batch.tensors),
+        tuple((t.shape, t.dtype, t.device) for t in batch.tensors),
         tuple(repr(leaf) for leaf in batch.rest),
         str(batch.spec),
-        tuple(m.training for m in model.modules()),
-        tuple(p.requires_grad for p in model.parameters()),
-        tuple((name, tuple(b.shape), b.dtype) for name, b in model.named_buffers()),
+        contents.training,
+        tuple(p.requires_grad for p in contents.parameters.values()),
+        tuple((name, b.shape, b.dtype) for name, b in contents.buffers.items()),
         autocast,
     )

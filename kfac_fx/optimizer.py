@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_fx import guards, host
+from kfac_fx.contents import Contents
 from kfac_fx.errors import OptimizerMismatchError
 from kfac_fx.planned import Plan
 
@@ -36,12 +37,12 @@ class OptimizerLink:
         if self._whole:
             _check_plain_sgd(self._optimizer)
 
-    def learning_rates(self, plan: Plan) -> Tensor:
-        """Learning rate of each matched layer, from the parameter groups: [layers]."""
+    def learning_rates(self, contents: Contents, plan: Plan) -> Tensor:
+        """Learning rate of each matched layer, from the parameter groups: [layers]. contents: the model's."""
         rate_of = {
             id(p): float(group["lr"]) for group in self._optimizer.param_groups for p in group["params"]
         }
-        parameters = dict(self._model.named_parameters())
+        parameters = contents.parameters
         if any(id(p) not in rate_of for p in parameters.values() if p.requires_grad):
             self.check()
         rates = tuple(rate_of[id(parameters[match.weight])] for match in plan.matched)
@@ -51,16 +52,16 @@ class OptimizerLink:
             self._rates = (rates, host.to_device(rates, dtype=dtype, device=device))
         return self._rates[1]
 
-    def apply(self, gradients: Mapping[str, Tensor]) -> None:
-        """One step of the optimizer with these gradients; none is left behind."""
+    def apply(self, contents: Contents, gradients: Mapping[str, Tensor]) -> None:
+        """One step of the optimizer with these gradients; none is left behind. contents: of the model."""
         if self._whole:
             _check_plain_sgd(self._optimizer)
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in contents.parameters.items():
             parameter.grad = gradients.get(name)
         try:
             self._optimizer.step()
         finally:
-            for parameter in self._model.parameters():
+            for parameter in contents.parameters.values():
                 parameter.grad = None
 
 

@@ -7,7 +7,7 @@ and the optimizer's state are the user's objects.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, final
 
@@ -144,15 +144,14 @@ class Progress:
         self.pending = self._before = None
 
     @contextmanager
-    def rolled_back_on_error(self, changing: Collection[str]) -> Iterator[dict[str, Tensor]]:
-        """If anything fails inside, all that is kept here and the model's buffers are what they were.
+    def rolled_back_on_error(self, buffers: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """If anything fails inside, all that is kept here and these buffers are what they were.
 
-        changing: names of the buffers that the model changes. Gives their old values.
+        buffers: those that the model changes, by name. Gives their old values.
         """
         steps, pending, before = self.steps, self.pending, self._before
         curvature = self.curvature.snapshot()
         quadratic = None if self.quadratic is None else self.quadratic.snapshot()
-        buffers = {name: b for name, b in self._model.named_buffers() if name in changing}
         old = {name: buffer.clone() for name, buffer in buffers.items()}
         try:
             yield old

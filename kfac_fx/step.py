@@ -8,6 +8,7 @@ Nothing changes unless all succeeds.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -19,6 +20,7 @@ from kfac_fx.adaptive import Point
 from kfac_fx.batch import Batch
 from kfac_fx.captures import Captures
 from kfac_fx.compiled import Compiled, Graphs, Outputs
+from kfac_fx.contents import Contents
 from kfac_fx.contracts import Method
 from kfac_fx.errors import KfacFxError
 from kfac_fx.functions import update_products
@@ -103,19 +105,21 @@ class TrainStep:
                 "step(...) was called while accumulated batches wait: call step.update() or step.discard()."
             )
         self._watch.settle()
-        compiled, batch = self._captures.fitting(inputs, targets)
-        with self._progress.rolled_back_on_error(compiled.changing_buffers) as buffers:
+        contents = Contents.of(self.model)
+        compiled, batch = self._captures.fitting(contents, inputs, targets)
+        changing = contents.changing(compiled.changing_buffers)
+        with self._progress.rolled_back_on_error(changing) as buffers:
             self._progress.begin(self._journal.phase)
             if self._quadratic is not None or self._progress.refresh_due:
-                loss = self._collect(compiled, batch)
-                self._finish(compiled.point(self.model, batch, buffers))
+                loss = self._collect(contents, compiled, batch)
+                self._finish(contents, compiled.point(contents, batch, buffers))
                 return loss
-            outputs = self._run("statistics", "plain", compiled, batch)
+            outputs = self._run("statistics", "plain", contents, compiled, batch)
             if outputs.state:
                 self._curvature.replace(compiled.plan, outputs.state)
             self._journal.measure(compiled.plan, outputs.products, outputs.rates)
             with self._journal.phase("update"):
-                self._link.apply(outputs.gradients)
+                self._link.apply(contents, outputs.gradients)
             self._progress.finished()
         return outputs.loss
 
@@ -132,14 +136,15 @@ class TrainStep:
                 "whole batch, or use quadratic_model=False to accumulate."
             )
         self._watch.settle()
-        fitting = self._captures.fitting(inputs, targets)
-        with self._progress.rolled_back_on_error(()):
+        contents = Contents.of(self.model)
+        fitting = self._captures.fitting(contents, inputs, targets)
+        with self._progress.rolled_back_on_error({}):
             self._progress.begin(self._journal.phase)
-            return self._collect(*fitting)
+            return self._collect(contents, *fitting)
 
-    def _collect(self, compiled: Compiled, batch: Batch) -> Tensor:
+    def _collect(self, contents: Contents, compiled: Compiled, batch: Batch) -> Tensor:
         """Add a batch to those that wait. Returns its loss."""
-        outputs = self._run("batch_statistics", "gradients", compiled, batch)
+        outputs = self._run("batch_statistics", "gradients", contents, compiled, batch)
         with torch.no_grad():
             new = Pending.of(compiled.plan, outputs.weight, outputs.gradients, outputs.state, outputs.finite)
             waiting = self._progress.pending
@@ -154,20 +159,21 @@ class TrainStep:
                 "step.update() has nothing to apply: call step.accumulate(inputs, targets) first."
             )
         self._watch.settle()
-        self._finish(None)
+        self._finish(Contents.of(self.model), None)
 
-    def _finish(self, point: Point | None) -> None:
+    def _finish(self, contents: Contents, point: Point | None) -> None:
         """Apply the batches that wait. point: where the quadratic model is expanded, for methods with one."""
         pending, quadratic = self._progress.pending, self._quadratic
         assert pending is not None
-        undone = self._progress.rolled_back_on_error(self._captures.changing_buffers)
+        changing = contents.changing(self._captures.changing_buffers)
+        undone = self._progress.rolled_back_on_error(changing)
         with undone, execution(), host.reading(quadratic is not None):
-            plan, rates = pending.plan, self._link.learning_rates
+            plan, rates = pending.plan, partial(self._link.learning_rates, contents)
             plain, gradients = self._progress.directions(point, rates=rates, phase=self._journal.phase)
             if quadratic is None:
                 self._journal.measure(plan, update_products(plan, gradients, plain), rates(plan))
             with self._journal.phase("update"):
-                self._link.apply(gradients)
+                self._link.apply(contents, gradients)
             self._progress.finished()
 
     def discard(self) -> None:
@@ -250,11 +256,13 @@ class TrainStep:
         rows = self._curvature.rows
         return trace(self.model, self.loss_fn, batch, method=self.method, rows=rows, **self._options)
 
-    def _run(self, collects: Variant, otherwise: Variant, compiled: Compiled, batch: Batch) -> Outputs:
+    def _run(
+        self, collects: Variant, otherwise: Variant, contents: Contents, compiled: Compiled, batch: Batch
+    ) -> Outputs:
         """The program that is due. collects: where some layer's statistics are."""
         layers = self._progress.collecting(compiled.plan)
-        tensors = [*self.model.parameters(), *self.model.buffers(), *batch.tensors]
-        rates = self._link.learning_rates
+        tensors = [*contents.tensors, *batch.tensors]
+        rates = partial(self._link.learning_rates, contents)
         variant = collects if layers else otherwise
         with self._journal.phase(PROGRAM_PHASES[variant]):
             return compiled.call(variant, tensors, rates=rates, watch=self._watch, layers=layers)

@@ -14,7 +14,7 @@ PACKAGE = "kfac_fx"
 
 # Lowest first. Rooms of one row never import each other.
 LAYERS = (
-    ("errors", "layout", "host", "precision", "wording"),
+    ("errors", "layout", "host", "precision", "wording", "contents"),
     ("types", "stages", "outfile", "boxes"),
     ("traced", "sources", "estimates"),
     ("contracts", "graph", "linalg", "gram", "loss", "forms"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import kfac_fx
 from kfac_fx.bench.contender import LEARNING_RATE, Data, kinds_of, model_tensors
+from kfac_fx.contents import Contents
 from kfac_fx.contracts import Method
 from kfac_fx.curvature import Curvature
 from kfac_fx.errors import KfacFxError
@@ -78,16 +79,17 @@ class SecondOrder:
         if self._modelled:
             return {}
         step, curvature = self._step, self._progress.curvature
-        compiled, batch = step._captures.fitting(*self._batch)
+        contents = Contents.of(step.model)
+        compiled, batch = step._captures.fitting(contents, *self._batch)
+        rates = functools.partial(step._link.learning_rates, contents)
 
         def run(variant: Variant) -> Mapping[str, Tensor]:
-            tensors = [*step.model.parameters(), *step.model.buffers(), *batch.tensors]
-            rates = step._link.learning_rates
+            tensors = [*contents.tensors, *batch.tensors]
             return compiled.call(variant, tensors, rates=rates, watch=step._watch).gradients
 
         gradients = run("gradients")
         parts: dict[str, Callable[[], Any]] = {name: functools.partial(run, name) for name in PROGRAMS}
-        parts["update"] = lambda: step._link.apply(gradients)
+        parts["update"] = lambda: step._link.apply(contents, gradients)
         if self._method.inverse_every > 0:
             parts["refresh"] = lambda: self._refresh(curvature)
         return parts
