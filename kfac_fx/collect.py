@@ -24,7 +24,7 @@ def write_guard(draft: Draft) -> str:
     def run(*tensors: Tensor) -> dict[str, Tensor]:
         real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
         sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in real]
-        return {"check": torch.stack([total.to(torch.float64) for total in sums]).sum()}
+        return {"check": torch.stack(sums).sum(dtype=torch.float64)}
 
     gradients = list(draft.gradients.values())
     label = "finite if all gradients are"
