@@ -1,16 +1,19 @@
 """Parameters and buffers of a model, looked up in one walk over its modules.
 
 Enters: a model. Leaves: its tensors by name. Each of `named_parameters`, `named_buffers` and `modules` is a
-walk of its own, and a step needs them all: for a model of many small modules that took a fifth of its time.
+walk of its own, and a step needs them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import TypeVar, final
 
 from torch import Tensor, nn
+
+T = TypeVar("T", bound=Tensor)
+_NAMING = ("named_parameters", "named_buffers")  # a model of its own kind may give other names
 
 
 @final
@@ -25,22 +28,18 @@ class Contents:
     @staticmethod
     def of(model: nn.Module) -> Contents:
         """Those of now."""
-        parameters: dict[str, nn.Parameter] = {}
-        buffers: dict[str, Tensor] = {}
-        training = []
-        seen: tuple[set[int], set[int]] = set(), set()
+        if any(getattr(type(model), name) is not getattr(nn.Module, name) for name in _NAMING):
+            parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+            return Contents(
+                parameters=parameters, buffers=buffers, training=tuple(m.training for m in model.modules())
+            )
+        parameters, buffers, training = {}, {}, []
         for path, module in model.named_modules():
             training.append(module.training)
             prefix = f"{path}." if path else ""
-            for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in seen[0]:
-                    seen[0].add(id(parameter))
-                    parameters[prefix + name] = parameter
-            for name, buffer in module._buffers.items():
-                if buffer is not None and id(buffer) not in seen[1]:
-                    seen[1].add(id(buffer))
-                    buffers[prefix + name] = buffer
-        return Contents(parameters=parameters, buffers=buffers, training=tuple(training))
+            parameters |= {prefix + name: tensor for name, tensor in module._parameters.items()}
+            buffers |= {prefix + name: tensor for name, tensor in module._buffers.items()}
+        return Contents(parameters=_once(parameters), buffers=_once(buffers), training=tuple(training))
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -50,3 +49,13 @@ class Contents:
     def changing(self, names: Collection[str]) -> dict[str, Tensor]:
         """The buffers of these names."""
         return {name: buffer for name, buffer in self.buffers.items() if name in names}
+
+
+def _once(named: Mapping[str, T | None]) -> dict[str, T]:
+    """Each tensor under its first name."""
+    first: dict[int, str] = {}
+    for name, tensor in named.items():
+        first.setdefault(id(tensor), name)
+    return {
+        name: tensor for name, tensor in named.items() if tensor is not None and first[id(tensor)] == name
+    }

@@ -176,7 +176,10 @@ class Method(Protocol):
         ...
 
     def precondition(self, state: State, gradient: Tensor) -> Tensor:
-        """Apply the inverse to the canonical gradient [groups, d_out, d_in], or [channels, k] for blocks."""
+        """Apply the inverse to the canonical gradient [groups, d_out, d_in], or [channels, k] for blocks.
+
+        Small layers of equal shape may be preconditioned together, by `torch.vmap` of this function.
+        """
         ...
 
     def rescale(

@@ -15,7 +15,6 @@ from torch.fx import Node
 from kfac_fx import stages
 from kfac_fx.canonical import from_matrices, gradient_names, state_owner
 from kfac_fx.draft import Draft
-from kfac_fx.errors import KfacFxError
 from kfac_fx.functions import layer_function, products, signature
 from kfac_fx.planned import Plan
 from kfac_fx.stacking import groups, stacked, stacking_pays
@@ -36,13 +35,13 @@ def write_precondition(draft: Draft) -> str:
         results = _write_stacked(draft, group, read) if len(group) > 1 else None
         num_stacked += len(group) if results else 0
         found |= results or {match.key: _write_layer(draft, match, read[match.key]) for match in group}
+    told = f"directions of {writer.told(len(found))}"
     for match in plan.matched:
         draft.matrices.append(found[match.key]["gradient"])
         draft.directions.append(draft.distinct(found[match.key]["direction"], match))
         stages.detail("precondition", match.name, "%s", draft.directions[-1])
     if plan.matched:
         _write_back(draft, names)
-    told = f"directions of {writer.told(len(draft.directions))}"
     return f"{told}, {num_stacked} in stacks" if num_stacked else told
 
 
@@ -91,8 +90,8 @@ def _write_stacked(
             names={f"{what} {i}": of_layer(match, what) for i, match in enumerate(group) for what in whats},
             key=("stacked", len(group), alike),
         )
-    except (RuntimeError, TypeError, ValueError, KfacFxError) as error:  # one alone was traced just now
-        stages.detail("precondition", first.name, "not in a stack: %s", error)
+    except Exception as error:  # one alone was traced just now: a method of the user's that has no such form
+        stages.note("precondition", f"{first.name} and {len(group) - 1} like it, not in a stack: {error}")
         return None
     results = {m.key: {what: found[f"{what} {i}"] for what in whats} for i, m in enumerate(group)}
     for key, nodes in results.items():

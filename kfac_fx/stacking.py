@@ -22,6 +22,7 @@ from kfac_fx.traces import Trace
 from kfac_fx.types import LayerMatch
 
 _AROUND = 5  # calls that a stack needs beside those of its tensors
+_MOST_BYTES = 2**26  # of what one stack copies
 
 
 @final
@@ -49,7 +50,7 @@ def stacking_pays(num_layers: int, one: Trace) -> bool:
     rates = _RATES.get(read[0].device.type, _RATES["cuda"])
     copied = num_layers * sum(tensor.numel() * tensor.element_size() for tensor in read)
     paid = (len(read) + _AROUND) * rates.call + copied * rates.byte
-    return paid < (num_layers - 1) * operators * rates.call
+    return copied <= _MOST_BYTES and paid < (num_layers - 1) * operators * rates.call
 
 
 def groups(plan: Plan, read: Mapping[str, Sequence[Node]]) -> Iterator[list[LayerMatch]]:
@@ -69,14 +70,15 @@ def groups(plan: Plan, read: Mapping[str, Sequence[Node]]) -> Iterator[list[Laye
 def stacked(one: Callable[..., Mapping[str, Tensor]], num_layers: int) -> Callable[..., dict[str, Tensor]]:
     """(tensors of the first layer, of the next, ...) -> what `one` gives for each, names with its position.
 
-    one: of a single layer; it runs over a further axis.
+    one: of a single layer; it runs over a further axis. No two results lie in the same memory.
     """
 
     def run(*tensors: Tensor) -> dict[str, Tensor]:
-        width = len(tensors) // num_layers
-        columns = [torch.stack(tensors[place::width]) for place in range(width)]
-        found = torch.vmap(one)(*columns)
-        parts = {name: results.unbind() for name, results in found.items()}
+        num_read = len(tensors) // num_layers
+        columns = [torch.stack(tensors[place::num_read]) for place in range(num_read)]
+        with fxgraph.vmap_by_rules_alone():
+            found = torch.vmap(one)(*columns)
+        parts = {name: results.contiguous().unbind() for name, results in found.items()}
         return {f"{name} {i}": part[i] for name, part in parts.items() for i in range(num_layers)}
 
     return run

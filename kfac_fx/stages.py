@@ -36,7 +36,7 @@ PASSES = {
     "lower": "graph to callable; off: eager",
     "forms": "the fastest form of each convolution's A; off: patches",
     "stacks": "small layers of equal shape are preconditioned in one call; off: one by one",
-    "equal-layers": "equal layers are traced once; off: each is traced",
+    "equal-layers": "equal layers are traced once; off: each is traced, and none stacked",
 }
 _NEEDED = {
     "capture": "every later pass reads its graph",
@@ -50,6 +50,7 @@ _READS = {
     "averages": "statistics",
     "lengths": "precondition",
     "products": "precondition",
+    "stacks": "equal-layers",
 }  # a pass without anything to work on is off too
 
 _OFF: ContextVar[frozenset[str]] = ContextVar("off", default=frozenset())
@@ -107,6 +108,11 @@ def running(name: str, nodes: Sized = ()) -> Iterator[Running]:
 def note_off(name: str, of: str) -> None:
     """Log that a pass does not run. of: the program that it would have written."""
     LOGGER.info("%-12s %10s  %s", name, "off", of)
+
+
+def note(name: str, text: str) -> None:
+    """Log what a pass could not do."""
+    LOGGER.info("%-12s %10s  %s", name, "", text)
 
 
 def detail(name: str, layer: str, text: str, *values: object) -> None:

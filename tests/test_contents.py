@@ -1,6 +1,7 @@
 """The tensors of a model in one walk: those of PyTorch's own walks, under their names, in their order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,19 @@ def parametrised() -> nn.Module:
     return nn.Sequential(weight_norm(nn.Linear(3, 2)), nn.LSTM(2, 2), nn.TransformerEncoderLayer(4, 2))
 
 
-@pytest.mark.parametrize("make", [Shared, single, both, parametrised])
+class Renamed(nn.Sequential):
+    """Names of its own."""
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in super().named_parameters(*args, **options):
+            yield f"net.{name}", parameter
+
+
+def renamed() -> nn.Module:
+    return Renamed(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+
+@pytest.mark.parametrize("make", [Shared, single, both, parametrised, renamed])
 def test_contents_are_what_torch_finds(make: Callable[[], nn.Module]) -> None:
     model = make()
     found = Contents.of(model)

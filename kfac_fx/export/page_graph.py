@@ -198,7 +198,7 @@ class Surveyor:
             for node in nodes:
                 if "kfac_fx_result_of" in node.meta:
                     own = found[node.meta["kfac_fx_result_of"]]
-                    own += [node, *(ancestors(node, lambda n, stack=stack: n in stack) - set(own))]
+                    own += [node, *(ancestors(node, stack.__contains__) - set(own))]
         return found
 
     def _labelled(self, prefix: str) -> dict[str, list[Node]]:
