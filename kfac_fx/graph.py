@@ -11,8 +11,7 @@ import functools
 import operator
 import threading
 import traceback
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -198,18 +197,6 @@ class _Recorder(TorchDispatchMode):
             if isinstance(part, Tensor):
                 self._know(part, self.graph.call_function(operator.getitem, (node, number)))
         return result
-
-
-@contextmanager
-def vmap_by_rules_alone() -> Iterator[None]:
-    """Inside, `torch.vmap` raises RuntimeError for an operator that it would else run in a loop."""
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    before = functorch._is_vmap_fallback_enabled()
-    functorch._set_vmap_fallback_enabled(False)
-    try:
-        yield
-    finally:
-        functorch._set_vmap_fallback_enabled(before)
 
 
 def _in_place(operator: torch._ops.OpOverload) -> str:

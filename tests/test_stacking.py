@@ -129,7 +129,6 @@ class Renormalised(kfac_fx.KFAC):
         return direction.flatten(1).renorm(2, 0, 1e9).view_as(direction)
 
 
-@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("method", [Noisy, Renormalised])
 def test_a_method_without_a_batched_form_goes_layer_by_layer(
     method: type[kfac_fx.KFAC], caplog: pytest.LogCaptureFixture
