@@ -27,6 +27,7 @@ from kfac_fx.record import make_capture
 from kfac_fx.sources import OWN_ROOT, TORCH_ROOT, user_frames
 from kfac_fx.traced import Capture
 from kfac_fx.types import Fisher, LossFn
+from kfac_fx.untouched import attributes_restored
 
 
 def capture(
@@ -47,7 +48,7 @@ def capture(
     trace = Trace()
     joint = _joint_function(model, loss_fn, batch, parameters, buffers, fisher, trace)
     flat = _distinct([*parameters.values(), *buffers.values(), *batch.tensors])
-    with fxgraph.TRACING, _tracing_context(model), _attributes_restored(model), _without_torchs_log():
+    with fxgraph.TRACING, _tracing_context(model), attributes_restored(model), _without_torchs_log():
         try:
             module = make_fx(joint, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
         except KfacFxError:
@@ -65,29 +66,6 @@ def _distinct(tensors: list[Tensor]) -> list[Tensor]:
         flat.append(tensor.detach() if id(tensor) in seen else tensor)
         seen.add(id(tensor))
     return flat
-
-
-@contextlib.contextmanager
-def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Undo what forward stores on modules (activations, counters): tracing must not change the model."""
-    own = ("_parameters", "_buffers", "_modules")
-    before = [(vars(m), {n: (v, _contents(v)) for n, v in vars(m).items()}) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for attributes, saved in before:
-            for name in [n for n in attributes if n not in saved]:
-                del attributes[name]
-            for name, (value, contents) in saved.items():
-                attributes[name] = value
-                if contents is not None and name not in own:
-                    value.clear()
-                    (value.extend if isinstance(value, list) else value.update)(contents)
-
-
-def _contents(value: object) -> list[object] | dict[object, object] | set[object] | None:
-    """A copy of a plain container, one level deep; None for anything else."""
-    return value.copy() if type(value) in (list, dict, set) else None  # type: ignore[attr-defined]
 
 
 def _joint_function(

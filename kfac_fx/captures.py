@@ -70,12 +70,16 @@ class Captures:
         """Buffers that the capture used last changes in place."""
         return frozenset() if self._last is None else self._last.changing_buffers
 
+    def check(self, contents: Contents) -> None:
+        """Raise `ModelChangedError` if the model's parameters are not those that were compiled."""
+        guards.check_unchanged(contents, self._fingerprint)
+
     def fitting(self, contents: Contents, inputs: Any, targets: Any) -> tuple[Compiled, Batch]:
         """The capture for this batch, and the batch as flat tensors. contents: of the model, now.
 
         Raises `ModelChangedError`, `InputError`, `CaptureError`.
         """
-        guards.check_unchanged(contents, self._fingerprint)
+        self.check(contents)
         batch = flatten_batch(inputs, targets)
         guards.check_batch(batch, self._model)
         key = guards.capture_key(contents, batch)

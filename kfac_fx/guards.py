@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.nn.parameter import is_lazy
 
 from kfac_fx.batch import Batch
 from kfac_fx.contents import Contents
@@ -159,6 +160,11 @@ def check_trainable(model: nn.Module) -> None:
     """Raise `KfacFxError` if there is nothing to train."""
     if next(model.parameters(), None) is None:
         raise KfacFxError(f"{type(model).__name__} has no parameters: there is nothing to train.")
+    if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
+        raise KfacFxError(
+            f"{type(model).__name__} has lazy parameters without a size ({', '.join(lazy[:5])}): run it once "
+            "on a batch before it is compiled."
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise KfacFxError(
             f"{type(model).__name__} has no trainable parameters: "

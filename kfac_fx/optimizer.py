@@ -56,9 +56,9 @@ class OptimizerLink:
         """One step of the optimizer with these gradients; none is left behind. contents: of the model."""
         if self._whole:
             _check_plain_sgd(self._optimizer)
-        for name, parameter in contents.parameters.items():
-            parameter.grad = gradients.get(name)
         try:
+            for name, parameter in contents.parameters.items():
+                parameter.grad = gradients.get(name) if parameter.requires_grad else None
             self._optimizer.step()
         finally:
             for parameter in contents.parameters.values():

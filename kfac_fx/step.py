@@ -159,7 +159,9 @@ class TrainStep:
                 "step.update() has nothing to apply: call step.accumulate(inputs, targets) first."
             )
         self._watch.settle()
-        self._finish(Contents.of(self.model), None)
+        contents = Contents.of(self.model)
+        self._captures.check(contents)
+        self._finish(contents, None)
 
     def _finish(self, contents: Contents, point: Point | None) -> None:
         """Apply the batches that wait. point: where the quadratic model is expanded, for methods with one."""

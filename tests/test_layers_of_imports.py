@@ -15,7 +15,7 @@ PACKAGE = "kfac_fx"
 # Lowest first. Rooms of one row never import each other.
 LAYERS = (
     ("errors", "layout", "host", "precision", "wording", "contents"),
-    ("types", "stages", "outfile", "boxes"),
+    ("types", "stages", "outfile", "boxes", "untouched"),
     ("traced", "sources", "estimates"),
     ("contracts", "graph", "linalg", "gram", "loss", "forms"),
     ("editing", "planned", "windows", "shifts"),

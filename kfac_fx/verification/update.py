@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -35,16 +36,16 @@ def update_checks(
         return {match.key: missing for match in ours.plan.matched}, missing
     before, after = (dict(model.named_parameters()) for model in (subject.model, ours.stepped))
 
-    def check(name: str, part: slice) -> Check:
+    def check(name: str, part: slice | EllipsisType) -> Check:
         wanted, old, found = expected[name][part], before[name][part], after[name][part]
         return Check(name=name, error=_error(found, wanted, old), tolerance=tolerance.solve * 1e-2, detail="")
 
     by_layer = {}
     for match in ours.plan.matched:
-        part = slice(None) if match.part is None else slice(*match.part)
+        part = ... if match.part is None else slice(*match.part)
         own = [check(name, part) for name in (match.weight, match.bias) if name]
         by_layer[match.key] = joined("update", own)
-    others = [check(name, slice(None)) for name in rest]
+    others = [check(name, ...) for name in rest]
     return by_layer, joined("update of other parameters", others) if others else Check(
         name="update of other parameters",
         error=0.0,
@@ -115,7 +116,7 @@ def _clipped(
 
 def _write(match: LayerMatch, direction: Tensor, gradients: dict[str, Tensor]) -> None:
     """Put a canonical direction into the places of the gradients."""
-    part = slice(None) if match.part is None else slice(*match.part)
+    part = ... if match.part is None else slice(*match.part)
     columns = direction.unbind(-1) if match.structure == "block" else None
     weight = columns[0] if columns else direction if match.bias is None else direction[..., :-1]
     gradients[match.weight][part] = match.layout.to_parameter(weight).to(gradients[match.weight].dtype)
