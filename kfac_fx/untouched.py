@@ -12,6 +12,7 @@ from torch import nn
 
 from kfac_fx.errors import CaptureError
 
+Saved = dict[str, tuple[object, object]]
 _REGISTERED = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "module"}
 
 
@@ -27,17 +28,13 @@ def attributes_restored(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for path, attributes, saved in before:
-            registered += [
-                f"the {kind} {path}.{name}".replace(" .", " ") for kind, name in _restore(attributes, saved)
-            ]
+            for kind, name in _restore(attributes, saved):
+                registered.append(f"the {kind} {f'{path}.{name}' if path else name}")
     if registered:
         raise CaptureError(
             f"{type(model).__name__} registers {', '.join(registered[:5])} when it runs. Register them in "
             "__init__, or run the model once on a batch before it is compiled."
         )
-
-
-Saved = dict[str, tuple[object, object]]
 
 
 def _attributes(module: nn.Module) -> Saved:
