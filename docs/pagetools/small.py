@@ -34,6 +34,7 @@ SMALLER: Mapping[str, str] = {
     "python tests/benchmarks/gram_time.py": "--geometry 2,1,4,1,1,0 --repeats 1 --threads 1",
     "python tests/benchmarks/inspect_time.py": "--layers 1 --experts 1 --repeats 1",
     "python tests/benchmarks/refresh_time.py": "--help",
+    "python tests/benchmarks/stack_time.py": "--layers 6 --width 4 --repeats 1 --threads 1",
     "python tests/benchmarks/step_time.py": "--help",
 }
 STAND_INS: Mapping[str, str] = {

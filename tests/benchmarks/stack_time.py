@@ -11,6 +11,7 @@ Saves build/benchmarks/stack_time.json. `--threads` is torch's number of threads
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,8 @@ def choice(num_layers: int, width: int, device: torch.device) -> str:
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, action="append", help=f"repeatable; default: {LAYERS}")
+    parser.add_argument("--width", type=int, action="append", help=f"repeatable; default: {WIDTHS}")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
@@ -83,7 +86,7 @@ def main() -> None:
         caption="ratio: apart over stacked (* chosen)",
     )
     rows = []
-    cases = [(num, width) for num in LAYERS for width in WIDTHS]
+    cases = list(itertools.product(options.layers or LAYERS, options.width or WIDTHS))
     for num, width in track(cases, description="networks", transient=True):
         runs = {name: step_of(num, width, options.device, name == "stacked") for name in CHOICES}
         in_turns(runs, 10, options.device)
