@@ -147,17 +147,31 @@ class Grouped(nn.Module):
         return F.grouped_mm(x, self.experts, offs=torch.tensor([3, 5], dtype=torch.int32, device=x.device))
 
 
+def torch_traces(model: nn.Module, x: Tensor) -> bool:
+    """Whether this version of torch runs the model on fake tensors."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            model(mode.from_tensor(x))
+    except RuntimeError:
+        return False
+    return True
+
+
 def test_an_operator_that_cannot_be_traced_is_told_once_and_torch_logs_nothing() -> None:
+    """Torch 2.15 traces this one; then its weight is skipped with the operator's name."""
     logger, seen = logging.getLogger("torch._subclasses.fake_tensor"), []
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
     model, x = Grouped(), torch.randn(5, 16)
+    if torch_traces(model, x):
+        (skip,) = kfac_fx.inspect(model, F.mse_loss, x, x).skipped
+        said(f"{skip.reason.value} {skip.detail}", "no-pattern", "grouped_mm")
+        return
     logger.addHandler(handler)
     try:
         text = message(errors.CaptureError, kfac_fx.inspect, model, F.mse_loss, x, x)
         assert not seen
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(RuntimeError):
-            model(mode.from_tensor(x))
+        assert not torch_traces(model, x)
         assert "failed while attempting to run meta" in seen[0]  # torch's own habit, which comes back
     finally:
         logger.removeHandler(handler)
