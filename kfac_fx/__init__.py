@@ -144,6 +144,7 @@ def inspect(
 def _check_options(model: nn.Module, fisher: str, sharing: str, exclude: Sequence[str]) -> tuple[str, ...]:
     _check_choice("fisher", fisher, ("empirical", "mc", "type2"))
     _check_choice("sharing", sharing, ("expand", "reduce"))
+    _guards.check_sized(model)
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     _guards.check_exclude(patterns, model)
     return patterns

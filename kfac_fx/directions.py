@@ -47,7 +47,7 @@ def write_precondition(draft: Draft) -> str:
 
 def _read(draft: Draft, match: LayerMatch) -> list[Node]:
     """What the layer's preconditioner may read: gradients of its parameters, then its state."""
-    own = [draft.raw[name] for name in (match.weight, match.bias) if name is not None]
+    own = [draft.raw[name] for name in _parameters(match)]
     state = draft.writer.states(match)
     return own + [
         draft.state.get((state_owner(draft.plan, match, name), name), state[name]) for name in state
@@ -56,8 +56,11 @@ def _read(draft: Draft, match: LayerMatch) -> list[Node]:
 
 def _function(draft: Draft, match: LayerMatch) -> Callable[..., dict[str, Tensor]]:
     """What `_read` gives -> canonical gradient and direction."""
-    own = [name for name in (match.weight, match.bias) if name is not None]
-    return layer_function(draft.plan, match, own, list(draft.writer.states(match)))
+    return layer_function(draft.plan, match, _parameters(match), list(draft.writer.states(match)))
+
+
+def _parameters(match: LayerMatch) -> list[str]:
+    return [name for name in (match.weight, match.bias) if name is not None]
 
 
 def _write_layer(draft: Draft, match: LayerMatch, read: Sequence[Node]) -> dict[str, Node]:

@@ -156,15 +156,19 @@ def check_state(state: Mapping[str, Any], model: nn.Module, optimizer: torch.opt
         )
 
 
-def check_trainable(model: nn.Module) -> None:
-    """Raise `KfacFxError` if there is nothing to train."""
-    if next(model.parameters(), None) is None:
-        raise KfacFxError(f"{type(model).__name__} has no parameters: there is nothing to train.")
+def check_sized(model: nn.Module) -> None:
+    """Raise `KfacFxError` if a lazy module has not run yet."""
     if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
         raise KfacFxError(
             f"{type(model).__name__} has lazy parameters without a size ({', '.join(lazy[:5])}): run it once "
             "on a batch before it is compiled."
         )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise `KfacFxError` if there is nothing to train."""
+    if next(model.parameters(), None) is None:
+        raise KfacFxError(f"{type(model).__name__} has no parameters: there is nothing to train.")
     if not any(p.requires_grad for p in model.parameters()):
         raise KfacFxError(
             f"{type(model).__name__} has no trainable parameters: "

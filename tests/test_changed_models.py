@@ -54,8 +54,9 @@ def test_a_model_that_registers_when_it_runs_is_refused_and_left_as_it_was() -> 
 
 def test_lazy_parameters_without_a_size_are_named() -> None:
     model = nn.Sequential(nn.LazyLinear(3))
-    with pytest.raises(errors.KfacFxError, match=r"lazy parameters without a size \(0.weight, 0.bias\)"):
-        kfac_fx.compile(model, F.cross_entropy)
+    for call, given in ((kfac_fx.compile, ()), (kfac_fx.inspect, batch()), (kfac_fx.verify, batch())):
+        with pytest.raises(errors.KfacFxError, match=r"lazy parameters without a size \(0.weight, 0.bias\)"):
+            call(model, F.cross_entropy, *given)
     model(batch()[0])
     assert torch.isfinite(kfac_fx.compile(model, F.cross_entropy)(*batch()))
 

@@ -68,6 +68,7 @@ def verify(
     check_choice("sharing", sharing, ("expand", "reduce"))
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     guards.check_exclude(patterns, model)
+    guards.check_sized(model)
     guards.check_trainable(model)
     method = resolve(method)
     wide = float64 and not rounds_rows(method)  # rows of float64 round to others

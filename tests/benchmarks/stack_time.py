@@ -28,21 +28,24 @@ from torch import nn
 import kfac_fx
 from kfac_fx import directions
 from kfac_fx.bench.clock import in_turns
+from kfac_fx.stacking import stacking_pays
 
 LAYERS, WIDTHS = (4, 12), (8, 16, 32, 48, 64, 96, 128, 256)
 CHOICES = ("apart", "stacked")
 EXAMPLES = 32
 
 
-def step_of(num_layers: int, width: int, device: torch.device, stacks: bool) -> Callable[[int], Any]:
-    """A plain step, with its program written: every layer by itself, or all of one shape together."""
+def step_of(
+    num_layers: int, width: int, device: torch.device, pays: Callable[..., bool]
+) -> Callable[[int], Any]:
+    """A plain step, with its program written. pays: whether layers of one shape are stacked."""
     torch.manual_seed(0)
     layers = [part for _ in range(num_layers) for part in (nn.Linear(width, width), nn.Tanh())]
     model = nn.Sequential(*layers).to(device)
     batch = torch.randn(2, EXAMPLES, width, device=device)
     method = kfac_fx.KFAC(statistics_every=10**6, inverse_every=10**6)
     step = kfac_fx.compile(model, F.mse_loss, method=method)
-    with mock.patch.object(directions, "stacking_pays", lambda *given: stacks):
+    with mock.patch.object(directions, "stacking_pays", pays):
         for _ in range(3):
             step(batch[0], batch[1])
     return lambda turn: step(batch[0], batch[1])
@@ -51,20 +54,12 @@ def step_of(num_layers: int, width: int, device: torch.device, stacks: bool) -> 
 def choice(num_layers: int, width: int, device: torch.device) -> str:
     """What the plan chooses."""
     found: list[bool] = []
-    original = directions.stacking_pays
 
     def noted(*given: Any) -> bool:
-        found.append(original(*given))
+        found.append(stacking_pays(*given))
         return found[-1]
 
-    with mock.patch.object(directions, "stacking_pays", noted):
-        step_of_choice = kfac_fx.compile(
-            nn.Sequential(*(nn.Linear(width, width) for _ in range(num_layers))).to(device),
-            F.mse_loss,
-            method=kfac_fx.KFAC(statistics_every=10**6, inverse_every=10**6),
-        )
-        for _ in range(2):
-            step_of_choice(*torch.randn(2, EXAMPLES, width, device=device))
+    step_of(num_layers, width, device, noted)
     return CHOICES[found[-1]]
 
 
@@ -88,7 +83,10 @@ def main() -> None:
     rows = []
     cases = list(itertools.product(options.layers or LAYERS, options.width or WIDTHS))
     for num, width in track(cases, description="networks", transient=True):
-        runs = {name: step_of(num, width, options.device, name == "stacked") for name in CHOICES}
+        runs = {
+            name: step_of(num, width, options.device, lambda *given, stacks=stacks: bool(stacks))
+            for stacks, name in enumerate(CHOICES)
+        }
         in_turns(runs, 10, options.device)
         seconds = in_turns(runs, options.repeats, options.device)
         measured = {name: 1e6 * statistics.median(s) for name, s in seconds.items()}
